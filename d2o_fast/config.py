@@ -1,0 +1,116 @@
+"""Every setting of a run, in one place: the same YAML file serves ``d2o sample``, ``d2o train`` and ``d2o eval``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2o_fast.errors import D2OError
+
+
+@dataclass
+class D2OConfig:
+    """Settings under the names that TRL and transformers use. ``K`` is ``num_generations``.
+
+    ``alpha``, ``beta`` and ``num_generations`` default to the paper's values; the learning rate, schedule, lengths and
+    batch sizes were not stated there and are our choices.
+    """
+
+    # Model
+    model_name_or_path: str = ""  #: local folder or hub name of a causal language model
+    dtype: Literal["float32", "bfloat16"] = "float32"  #: compute dtype; master weights are fp32 either way
+    attn_implementation: str | None = None  #: passed to transformers, e.g. "sdpa" or "flash_attention_2"
+    use_liger_kernel: bool = False  #: liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)
+    chat_template_path: str | None = None  #: a Jinja file that replaces the tokenizer's template
+
+    # Data
+    dataset_name: str | None = None  #: .jsonl, .json or .parquet file, or a name on the Hugging Face hub
+    dataset_split: str = "train"  #: split of a hub data set
+    eval_dataset_name: str | None = None  #: held-out data in the same forms
+    eval_fraction: float = 0.0  #: share of the prompts held out when there is no eval_dataset_name
+    max_length: int = 1024  #: tokens of prompt + response
+    max_completion_length: int = 256  #: tokens of a response; longer ones lose their end
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  #: which side of a long prompt stays
+
+    # Anchors and references
+    anchors_dir: str | None = None  #: where anchors and reference scores are kept; <output_dir>/anchors if not given
+    num_generations: int = 11  #: K, anchors per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    sampling_seed: int = 0  #: seeds the anchors and nothing else
+    sampling_batch_size: int = 16  #: prompts per shard, each of which is drawn and scored together
+
+    # Loss
+    alpha: float = 0.1  #: weight of the negative
+    beta: float = 0.1  #: weight of the anchors
+    anchor_weight: float = 0.0  #: lambda of the ungated anchor term; 0 is the paper's loss
+
+    # Training
+    output_dir: str = "runs/d2o"
+    learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.1  #: share of all steps
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  #: overrides num_train_epochs when positive
+    per_device_train_batch_size: int = 4  #: prompts per micro-batch, each with its K + 1 responses
+    per_device_eval_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 42  #: order of the prompts and dropout
+
+    # LoRA
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None  #: peft's default for the architecture if not given
+
+    # Evaluation, logging, checkpoints
+    eval_steps: int = 0  #: 0 evaluates at the end only
+    judge: str | None = None  #: "package.module:function" with judge(prompt, response) -> label (str) or score (float)
+    judge_num_generations: int = 1  #: responses drawn per held-out prompt for the judge
+    judge_max_prompts: int = 256
+    logging_steps: int = 1
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None  #: a checkpoint folder, or "latest"
+    report_to: list[str] = field(default_factory=list)  #: "tensorboard"; metrics.jsonl is always written
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "anchor_weight", "learning_rate", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        for name in (
+            "max_length max_completion_length num_generations sampling_batch_size per_device_train_batch_size "
+            "per_device_eval_batch_size gradient_accumulation_steps judge_num_generations judge_max_prompts "
+            "logging_steps save_steps lora_r lora_alpha"
+        ).split():
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        _require(self.alpha + self.beta > 0, "alpha and beta", (self.alpha, self.beta), "not both 0")
+        _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")
+        _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "a share in [0, 1)")
+        _require(
+            self.max_completion_length < self.max_length,
+            "max_completion_length",
+            self.max_completion_length,
+            f"less than max_length ({self.max_length}), which also holds the prompt",
+        )
+        _require(
+            self.save_total_limit is None or self.save_total_limit >= 1,
+            "save_total_limit",
+            self.save_total_limit,
+            "an integer >= 1, or nothing",
+        )
+        unknown = set(self.report_to) - {"tensorboard"}
+        _require(not unknown, "report_to", sorted(unknown), "'tensorboard' (metrics.jsonl is always written)")
+
+
+def _require(condition: bool, name: str, found: object, wanted: str) -> None:
+    if not condition:
+        raise D2OError(f"{name} is {found!r}; it must be {wanted}")

@@ -1,0 +1,31 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class D2OError(ValueError):
+    """Something in the input, the configuration or a folder is not as it must be; the message says what to do."""
+
+
+class DataError(D2OError):
+    """One fault in one row of the data, with the place it stands in."""
+
+    def __init__(self, source: str, row: int | None, field: str | None, found: str, fix: str) -> None:
+        self.source, self.row, self.field, self.found, self.fix = source, row, field, found, fix
+        place = source if row is None else f"{source}, row {row}"
+        if field is not None:
+            place += f", field '{field}'"
+        super().__init__(f"{place}: {found}. {fix}")
+
+
+class FingerprintError(D2OError):
+    """A stored set of anchors and references was made under other conditions than the ones asked for now."""
+
+    def __init__(self, folder: str, differences: dict[str, tuple[object, object]]) -> None:
+        self.differences = differences
+        lines = [f"  {name}: stored {old!r}, now {new!r}" for name, (old, new) in differences.items()]
+        super().__init__(
+            f"{folder}: its anchors and reference scores were made under other conditions:\n"
+            + "\n".join(lines)
+            + "\nSet these back, or choose another anchors_dir to make new ones."
+        )
