@@ -7,6 +7,22 @@ from typing import Literal
 
 from d2o_fast.errors import D2OError
 
+_POSITIVE = (
+    "max_length",
+    "max_completion_length",
+    "num_generations",
+    "sampling_batch_size",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "judge_num_generations",
+    "judge_max_prompts",
+    "logging_steps",
+    "save_steps",
+    "lora_r",
+    "lora_alpha",
+)
+
 
 @dataclass
 class D2OConfig:
@@ -84,11 +100,7 @@ class D2OConfig:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "anchor_weight", "learning_rate", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        for name in (
-            "max_length max_completion_length num_generations sampling_batch_size per_device_train_batch_size "
-            "per_device_eval_batch_size gradient_accumulation_steps judge_num_generations judge_max_prompts "
-            "logging_steps save_steps lora_r lora_alpha"
-        ).split():
+        for name in _POSITIVE:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _require(self.alpha + self.beta > 0, "alpha and beta", (self.alpha, self.beta), "not both 0")
         _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
