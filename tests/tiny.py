@@ -1,0 +1,103 @@
+"""A real Llama and a real tokenizer, small enough for any test: built in code, no download, the same on every run."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, BOS, EOS, IM_START, IM_END = "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"
+VOCAB_SIZE = 160
+
+# Ends every turn with a newline after <|im_end|>, as ChatML does.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_NOUNS = ("lock", "tree", "cake", "boat", "clock", "chair", "lamp", "shoe")
+_VERBS = ("open", "paint", "bake", "mend", "clean", "build", "move", "sell")
+
+
+def tiny_rows(n: int) -> list[dict[str, Any]]:
+    """``n`` records with the columns ``prompt`` and ``rejected``; prompts differ up to n = 64."""
+    rows = []
+    for i in range(n):
+        verb, noun = _VERBS[i % 8], _NOUNS[(i // 8 + i) % 8]
+        rows.append({"prompt": f"how to {verb} the {noun}?", "rejected": f" go away, {verb} {'it ' * (i % 3)}yourself"})
+    return rows
+
+
+def tiny_tokenizer(
+    chat: bool = False, *, bos: bool = False, eos: bool = False, prefix_space: bool = False
+) -> PreTrainedTokenizerFast:
+    """BPE over printable characters, 160 tokens, which merges across a prompt's end as real tokenizers do.
+
+    Args:
+        chat: a ChatML template, and ``<|im_end|>`` as the EOS token.
+        bos: adds ``<s>`` in front by itself, as Llama's does.
+        eos: adds ``</s>`` at the end by itself, as T5's does.
+        prefix_space: SentencePiece's habits: a space in front of every text, spaces written as U+2581.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    if prefix_space:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    corpus = [
+        text for row in tiny_rows(64) for text in (row["prompt"], row["rejected"], row["prompt"] + row["rejected"])
+    ]
+    special = [AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS, IM_START, IM_END)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*corpus, string.printable], trainer)
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS + ' ' if bos else ''}$A{' ' + EOS if eos else ''}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)],
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=IM_END if chat else EOS,
+        extra_special_tokens=[IM_START, IM_END],
+        clean_up_tokenization_spaces=False,
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(seed: int = 0, vocab_size: int = VOCAB_SIZE, chat: bool = False, **config: Any) -> LlamaForCausalLM:
+    """A Llama of 2 layers and 32 channels, fp32, in eval mode; ``config`` overrides single fields of LlamaConfig."""
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 4 if chat else 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+
+def save_tiny(folder: str | Path, chat: bool = False, seed: int = 0) -> str:
+    """Writes model and tokenizer as ``from_pretrained`` reads them; returns the folder."""
+    tiny_model(seed, chat=chat).save_pretrained(folder)
+    tiny_tokenizer(chat).save_pretrained(folder)
+    return str(folder)
