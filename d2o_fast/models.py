@@ -1,0 +1,162 @@
+"""Unmodified Hugging Face causal language models, taken apart into a decoder and a head.
+
+The head's product with the hidden states is left to the fused loss, so the model's own ``forward``, which would build
+``[tokens, vocabulary]`` logits, is called only once: to prove on a few tokens that decoder and head give its logits.
+
+Shapes: N response tokens, V vocabulary, H hidden, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.errors import D2OError
+from d2o_fast.reference import naive_linear_logprob
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head: ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``."""
+
+    weight: torch.Tensor  #: (V, H)
+    bias: torch.Tensor | None  #: (V,)
+    softcap: float | None
+    logit_scale: float
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that ``fused_d2o_loss`` and ``linear_logprob`` take."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def load_model(config: D2OConfig, name: str | None = None) -> PreTrainedModel:
+    """The causal language model ``name`` (default ``config.model_name_or_path``) with fp32 master weights.
+
+    Raises:
+        D2OError: no name given, or nothing that transformers can load under it.
+    """
+    name = _known(name or config.model_name_or_path, "model_name_or_path")
+    options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise D2OError(f"model_name_or_path '{name}' cannot be loaded as a causal language model: {error}") from error
+
+
+def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside the model, with ``config.chat_template_path`` in place of its template if given.
+
+    Raises:
+        D2OError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    name = _known(name or config.model_name_or_path, "model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise D2OError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise D2OError(f"the tokenizer of '{name}' has no eos_token; responses could not end. Set eos_token in it")
+    if config.chat_template_path is not None:
+        if not os.path.isfile(config.chat_template_path):
+            raise D2OError(f"chat_template_path '{config.chat_template_path}' is not a file")
+        with open(config.chat_template_path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows with. Padding stands right of the real tokens, which never see it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a PeftModel (its adapters stay active), or the model itself.
+
+    Raises:
+        D2OError: prompt-learning adapters, which put tokens of their own before the prompt.
+    """
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters is None:
+        return model  # type: ignore[return-value]
+    if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
+        raise D2OError("prompt-learning adapters (prefix, prompt or p-tuning) are not supported; use LoRA")
+    return model.get_base_model()  # type: ignore[operator]
+
+
+def head_of(model: nn.Module) -> Head:
+    """Weight, bias, softcap and logit scale of the model's head.
+
+    Raises:
+        D2OError: a head that is not a plain linear layer (an adapter on it would be ignored in silence otherwise).
+    """
+    base = base_of(model)
+    layer = base.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        found = "nothing" if layer is None else type(layer).__name__
+        raise D2OError(
+            f"the head of {type(base).__name__} is {found}, not a plain linear layer. The fused loss reads its weight "
+            "directly and would ignore an adapter or a quantised form: leave lm_head out of lora_target_modules and "
+            "modules_to_save, and load it unquantised"
+        )
+    config = base.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere: logits are multiplied by it
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite: logits are divided by it
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of the model that ends in the head's input: ``decoder(input_ids=...).last_hidden_state`` is (S, T, H).
+
+    Runs decoder and head once beside the whole model on a few tokens and compares, so that a model whose ``forward``
+    does more than ``head_of`` knows of is refused and never trained on other logits than its own.
+
+    Raises:
+        D2OError: the two disagree, or the model has no separate decoder.
+    """
+    base, head = base_of(model), head_of(model)
+    decoder = base.base_model
+    if decoder is base:
+        raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
+            logits = base(input_ids=tokens, use_cache=False).logits[0].float()
+            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            targets = logits.argmax(-1)
+            expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+            found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
+    finally:
+        base.train(was_training)
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.1
+    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
+        raise D2OError(
+            f"{type(base).__name__}: its own logits differ from decoder + head (log-probabilities {expected.tolist()} "
+            f"against {found.tolist()}): its forward does more to the logits than is known here"
+        )
+    return decoder
+
+
+def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 compute over fp32 master weights where ``config.dtype`` asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def _known(name: str, setting: str) -> str:
+    if not name:
+        raise D2OError(f"{setting} is not set; give a local folder or a name on the Hugging Face hub")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+        raise D2OError(f"{setting} '{name}' is not a folder")
+    return os.path.expanduser(name)
