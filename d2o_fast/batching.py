@@ -91,7 +91,7 @@ def pack(examples: Sequence[Example], pad_token_id: int) -> PackedBatch:
 
 
 def response_hidden(decoder: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """(N, H): the hidden state that predicts each response token; under autocast in its dtype, as a head would see it."""
+    """(N, H): the hidden state that predicts each response token; under autocast in its dtype, as for any head."""
     hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, batch.predict_index)
     device = hidden.device.type
