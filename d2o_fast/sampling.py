@@ -1,0 +1,192 @@
+"""Responses drawn from a model's own distribution: what the anchors of D2O are.
+
+With temperature 1 and top_p 1 the next token is drawn from ``softmax(logits)`` and from nothing else. transformers
+does not do so by default: ``generate`` cuts to the 50 likeliest tokens, and fields that a caller leaves unset are taken
+from the model's ``generation_config`` (top_k, penalties, suppressed or forced tokens, length limits). Here every field
+is unset first, and the few that matter are then given explicitly.
+
+K: responses of one prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from d2o_fast.errors import D2OError
+
+Engine = Literal["generate", "continuous"]
+
+
+def sample_responses(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    num: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    seed: int,
+    engine: Engine = "generate",
+) -> list[list[list[int]]]:
+    """K = ``num`` responses for every prompt, as token ids without the prompt.
+
+    Each ends with one of ``eos_token_ids`` unless it is ``max_new_tokens`` long. The model may be in training mode: it
+    is switched to evaluation (no dropout, no activation checkpointing) and back.
+
+    Args:
+        model: a causal language model of transformers (not a PeftModel: pass its base model).
+        prompts: token ids; no padding, any lengths, none empty.
+        seed: decides the result, on one device, together with the other arguments; the global generators are left as
+            they were.
+        engine: "generate" draws all responses in one padded batch; "continuous" uses transformers' continuous batching,
+            whose draws differ from those of "generate" but follow the same distribution. It runs in the model's own
+            dtype: an autocast context of the caller does not reach its thread.
+
+    Raises:
+        D2OError: the engine returned fewer responses than asked for, or a response that stopped for another reason.
+        ValueError: an empty prompt, a number below 1, an unknown engine.
+    """
+    if engine not in ("generate", "continuous"):
+        raise ValueError(f"engine is {engine!r}; it must be 'generate' or 'continuous'")
+    if num < 1 or max_new_tokens < 1:
+        raise ValueError(f"num ({num}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("an empty prompt: there is no position that predicts the first token")
+    if not prompts:
+        return []
+    settings = GenerationConfig(
+        do_sample=True,
+        num_beams=1,
+        temperature=temperature,
+        top_k=0,
+        top_p=top_p,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=num,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    draw = _generate if engine == "generate" else _generate_continuous
+    with evaluating(model), _no_generation_config(model), _seeded(seed, model.device), torch.no_grad():
+        responses = draw(model, [list(prompt) for prompt in prompts], num, settings, seed)
+    for prompt_responses in responses:
+        for i, response in enumerate(prompt_responses):
+            prompt_responses[i] = _until_eos(response, set(eos_token_ids), max_new_tokens)
+    return responses
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    # generate() fills every field that is None in the configuration it is given from model.generation_config, custom
+    # entries included. Passing each field explicitly would follow transformers' list of fields for ever; an empty
+    # model.generation_config has nothing to give.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig, seed: int
+) -> list[list[list[int]]]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), settings.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # padded on the left: the last position of every row predicts
+        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[i, width - len(prompt) :] = 1
+    output = model.generate(
+        input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
+    )
+    if output.shape[0] != len(prompts) * num:
+        raise D2OError(f"generate returned {output.shape[0]} responses instead of {len(prompts)} x {num}")
+    rows = output[:, width:].tolist()
+    return [rows[i * num : (i + 1) * num] for i in range(len(prompts))]
+
+
+def _generate_continuous(
+    model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig, seed: int
+) -> list[list[list[int]]]:
+    # model.generate_batch would do, but for three things: it sizes its cache by the memory that is free and adds
+    # requests while it runs already, so that batches, and with them the draws, differ from run to run; and it returns
+    # what it has when its thread dies. Hence a cache that holds every request, all of them queued before the start.
+    page = 64
+    longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
+    pages = len(prompts) * num * (-(-longest // page) + 1)
+    sizes = ContinuousBatchingConfig(seed=seed, page_size=page, num_blocks=pages, max_batch_tokens=max(2048, longest))
+    manager = model.init_continuous_batching(settings, sizes)
+    responses: dict[str, list[int]] = {}
+    try:
+        requests = manager.add_requests(inputs=prompts, max_new_tokens=settings.max_new_tokens)
+        manager.start()
+        while len(responses) < len(prompts) * num:
+            result = manager.get_result(timeout=1.0)
+            if result is None:
+                if not manager.is_running():
+                    break
+            elif result.error is not None:
+                raise D2OError(f"continuous batching failed on a response: {result.error}")
+            elif result.is_finished():
+                responses[result.request_id] = list(result.generated_tokens)
+    finally:
+        manager.stop(block=True)
+        manager.destroy()
+    # They arrive in any order: a prompt's first response under the request's name, the others as its children.
+    names = [[request, *(f"{request}__child#{i}" for i in range(num - 1))] for request in requests]
+    missing = [name for siblings in names for name in siblings if name not in responses]
+    if missing:
+        raise D2OError(
+            f"continuous batching stopped with {len(missing)} of {len(prompts)} x {num} responses missing; the first "
+            f"is {missing[0]}"
+        )
+    return [[responses[name] for name in siblings] for siblings in names]
+
+
+def _until_eos(response: list[int], eos_token_ids: set[int], max_new_tokens: int) -> list[int]:
+    # generate fills a finished row with padding; the first EOS ends it, which is kept as part of the response.
+    for i, token in enumerate(response):
+        if token in eos_token_ids:
+            return response[: i + 1]
+    if len(response) != max_new_tokens:
+        raise D2OError(
+            f"a response stopped after {len(response)} tokens without an EOS token, before max_new_tokens "
+            f"({max_new_tokens}): something besides {sorted(eos_token_ids)} ended it"
+        )
+    return response
