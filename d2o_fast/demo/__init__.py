@@ -1,0 +1,1 @@
+"""``d2o demo``: D2O on a small language whose answers are judged exactly."""
