@@ -1,0 +1,108 @@
+"""What the kernels share: from raw product to logit, and which tile table a device reads.
+
+Shapes: N response tokens, V vocabulary, H hidden.
+
+The logit follows ``d2o_fast.reference.naive_linear_logprob``::
+
+    x     = LOGIT_SCALE * (product + bias)          product = hidden @ weight.T
+    logit = SOFTCAP * tanh(x / SOFTCAP)             or x, without a softcap
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Finite, and below every finite logit: a running maximum that starts here meets -inf without making a NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def tanh(x):
+    """tanh in fp32 to about 2e-7 relative, also near zero, where 1 - exp(-2|x|) would cancel.
+
+    The polynomial is a least-squares fit of (tanh(x) - x) / x^3 in x^2 on [-0.56, 0.56], weighted for relative error.
+    """
+    z = x * x
+    p = -0.00618846 * z + 0.02101242
+    p = p * z - 0.05383827
+    p = p * z + 0.13332455
+    p = p * z - 0.33333314
+    near = x + x * z * p
+    decayed = tl.exp(-2.0 * tl.abs(x))
+    tail = (1.0 - decayed) / (1.0 + decayed)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -tail, tail))
+
+
+@triton.jit
+def to_logits(product, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The model's logits from raw products, elementwise; ``bias`` is read only if HAS_BIAS."""
+    x = product
+    if HAS_BIAS:
+        x = x + bias
+    if LOGIT_SCALE != 1.0:
+        x = x * LOGIT_SCALE
+    if SOFTCAP > 0.0:
+        x = SOFTCAP * tanh(x * (1.0 / SOFTCAP))
+    return x
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on the CPU (``TRITON_INTERPRET=1``)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_device(*tensors: torch.Tensor | None) -> None:
+    """All on one device that Triton can run on.
+
+    Raises:
+        ValueError: tensors on different devices, or on a CPU without the interpreter.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) != 1:
+        raise ValueError(f"all tensors must be on one device, found {sorted(map(str, devices))}")
+    (device,) = devices
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"the Triton kernels need a GPU, or TRITON_INTERPRET=1 for tests; these tensors are on {device}"
+        )
+
+
+def check_softcap(softcap: float | None) -> float:
+    """The kernels' SOFTCAP: 0.0 stands for none.
+
+    Raises:
+        ValueError: a softcap that is not positive.
+    """
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    return float(softcap)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of a tile table that ``device`` reads.
+
+    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` stands for every NVIDIA chip with less than 163 KiB of shared memory in a block: sm_86, sm_89, sm_120.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] == 9:
+        return "sm_90"
+    if capability[0] in (10, 11):
+        return "sm_100"
+    return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_86"
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 4 under the interpreter, so that it too splits the vocabulary."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
