@@ -1,0 +1,85 @@
+"""One command for a CUDA machine: ``python -m benchmarks.gpu``, under 10 minutes.
+
+The GPU-marked tests first, then the loss suite against every peer that is installed, each row written as soon as it is
+measured, and at the end JSON, a Markdown table and a roofline plot. Every stage has its own time; one that fails or
+runs out of it does not keep the next from running. ``--dry-run`` does all of it on a CPU with tiny shapes.
+
+The folder named by ``--out`` (or by the environment's OUT) gets at most six files: tests.log, worker.log, rows.jsonl,
+results.json, table.md and roofline.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import append_row, markdown, roofline, summary
+from benchmarks.runner import RESULTS, ROOT, about_this_run, run_cases
+from benchmarks.suites import SUITES
+
+TEST_SECONDS, LOSS_SECONDS = 170.0, 300.0  # with a hanging worker and the report under 10 minutes
+
+
+def run_tests(out: Path, seconds: float) -> str:
+    """Run the tests marked ``gpu``; pytest's last line, or how it ended."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs"]
+    command += ["--continue-on-collection-errors", "--durations=10", "tests"]
+    path = out / "tests.log"
+    with path.open("w") as log:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s (see tests.log)"
+    last = (path.read_text().strip().splitlines() or ["no output"])[-1]
+    return f"{last.strip('= ')} (pytest code {code})"
+
+
+def run_loss(out: Path, device: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
+    cases = SUITES["errors"](device, True) + SUITES["gpu"](device, tiny)
+    with (out / "worker.log").open("w") as log:
+        return run_cases(cases, seconds, lambda row: append_row(out / "rows.jsonl", row), log)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description="Tests and benchmarks on a CUDA device.")
+    default = os.environ.get("OUT") or RESULTS / f"gpu-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    parser.add_argument("--out", type=Path, default=Path(default), help="folder for the files")
+    parser.add_argument("--dry-run", action="store_true", help="everything on a CPU with tiny shapes")
+    parser.add_argument("--skip-tests", action="store_true", help="the loss suite alone")
+    parser.add_argument("--seconds", type=float, default=LOSS_SECONDS, help="time for the loss suite")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --dry-run tries everything on a CPU with tiny shapes")
+    device = "cpu" if args.dry_run else "cuda"
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    begin = time.monotonic()
+    tests = "skipped on request" if args.skip_tests else run_tests(args.out, TEST_SECONDS)
+    print(f"tests: {tests}", flush=True)
+    tests_done = time.monotonic()
+    rows = run_loss(args.out, device, args.dry_run, args.seconds)
+    stages = {"tests": tests_done - begin, "loss": time.monotonic() - tests_done}
+
+    plot = roofline(rows, args.out / "roofline.png")
+    about = {**about_this_run(device), "tests": tests, "stage_seconds": stages, "plot": plot or "roofline.png"}
+    (args.out / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    table = markdown(rows, "The fused D2O loss on a GPU" if device == "cuda" else "Dry run on a CPU: not a measurement")
+    (args.out / "table.md").write_text(table + f"\nTests: {tests}. Plot: {about['plot']}.\n")
+    print(table)
+    print(f"tests: {tests}; plot: {about['plot']}; seconds: {stages}")
+    print(summary(rows))
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
