@@ -28,6 +28,7 @@ class D2OOutput(NamedTuple):
     chosen_rewards: torch.Tensor  #: (G,) beta * mean over the anchors of [log pi - log ref-]
     rejected_rewards: torch.Tensor  #: (G,) alpha * [log pi - log ref+] of the negative
     margins: torch.Tensor  #: (G,) z = chosen_rewards - rejected_rewards
+    path: str = "reference"  #: what computed it: "torch", "triton", or this file
 
 
 def naive_linear_logprob(
