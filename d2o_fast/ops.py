@@ -1,6 +1,329 @@
-"""Placeholder with the final signatures: computes by way of the reference until the fused paths land."""
+"""The operations: log-probabilities and the D2O loss from hidden states and the head's weight, without the logits.
 
-from d2o_fast.reference import naive_d2o_loss as fused_d2o_loss
-from d2o_fast.reference import naive_linear_logprob as linear_logprob
+Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 
-__all__ = ["fused_d2o_loss", "linear_logprob"]
+``fused_d2o_loss`` computes its gradient together with the loss, in one pass (``chunked.py``): three N x H x V
+products with a trainable head, two with a frozen one, one where nothing needs a gradient. ``linear_logprob`` takes
+any upstream gradient and computes the logits a second time for it.
+
+Memory beyond inputs and returned gradients: ``workspace_bytes`` of logits; one fp32 accumulator of the weight's size
+when the weight itself is trained in a 16-bit dtype; a second one when several prompts of the batch exceed the
+workspace (or one does, and ``anchor_weight`` is not 0); for such a prompt, fp32 dHidden of its tokens; with a 16-bit
+``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from typing import Any
+
+import torch
+
+from d2o_fast import torch_path
+from d2o_fast.chunked import Coefficients, D2OWalk, Head, Path, Totals, Walk
+from d2o_fast.layout import ResponseLayout
+from d2o_fast.products import exact_products, wide_dtype
+from d2o_fast.reference import D2OOutput
+
+#: Default ``workspace_bytes`` by device type. A GPU's holds 12 responses of 128 tokens at V = 128256 whole; a CPU's
+#: gives chunks of some hundred tokens, past which its products grow no faster.
+WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 768 << 20}
+
+TORCH = Path("torch", torch_path.logit_stats, torch_path.logit_grad_, torch_path.group_loss, None)
+
+
+@torch._disable_dynamo
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> torch.Tensor:
+    """log softmax(logits)[target] of each token, (N,) fp32 (fp64 for fp64 ``hidden``), in nats; differentiable.
+
+    ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``; ``logits = x``
+    without a softcap. Logits are fp32 whatever the input. The forward keeps one number per token; the backward
+    computes the logits again, in chunks. ``torch.compile`` breaks its graph here.
+
+    Args:
+        hidden: (N, H) fp32, bf16, fp16 or fp64, any strides. Products take their operands in this dtype.
+        weight: (V, H) the head, in ``hidden``'s dtype or an fp32 master. Its gradient has its own dtype.
+        targets: (N,) int64 or int32 in [0, V). Checked on a CPU; on a GPU a check would wait for the device, and a
+            target outside gives NaN.
+        bias: (V,) of the head. -inf takes a token out of the vocabulary.
+        softcap: tanh cap of the logits (Gemma 2), > 0.
+        logit_scale: factor on the logits before the cap (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
+        backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
+        workspace_bytes: most bytes of fp32 logits in memory at a time; default 128 MiB on a CPU, 768 MiB on a GPU.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
+    """
+    head = Head(weight, bias, softcap, float(logit_scale))
+    _check(hidden, head, targets)
+    path = choose_path(backend, hidden)
+    workspace = _workspace(workspace_bytes, hidden.device)
+    return _LinearLogprob.apply(hidden, weight, bias, targets, path, softcap, float(logit_scale), workspace)
+
+
+@torch._disable_dynamo
+def fused_d2o_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    layout: ResponseLayout,
+    ref_logps: torch.Tensor,
+    *,
+    alpha: float = 0.1,
+    beta: float = 0.1,
+    anchor_weight: float = 0.0,
+    num_prompts: int | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> D2OOutput:
+    """D2O (arXiv 2403.03419, Eq. 3) of a packed batch, averaged over prompts, and its gradient in the same pass.
+
+    Per prompt ``L = -log sigmoid(z) - anchor_weight * mean_i D(y_i)`` with ``z = (beta/K) sum_i D(y_i) - alpha *
+    D(y_l)`` and ``D(y) = log pi(y) - ref``. Gradients go to ``hidden``, ``weight`` and ``bias``, each in its dtype,
+    as far as they require one; under ``torch.no_grad`` the batch is only scored. References are constants. The
+    gradient of a gradient (``create_graph=True``) is refused. ``torch.compile`` breaks its graph here.
+
+    Args:
+        hidden, weight, targets, bias, softcap, logit_scale, backend, workspace_bytes: as for ``linear_logprob``.
+            ``hidden`` (N, H) holds the state that predicts each response token, responses back to back.
+        layout: which tokens belong to which response of which prompt, each prompt's negative first.
+        ref_logps: (S,) log ref+(y) of a negative, log ref-(y) of an anchor, summed over the response.
+        alpha, beta: weights of the negative and of the anchors.
+        anchor_weight: lambda of the ungated anchor term (ours; 0 is the paper).
+        num_prompts: the mean's denominator: G, or all prompts of the accumulated batch.
+
+    Returns:
+        loss () with the gradient; detached: logps (S,), chosen_rewards, rejected_rewards and margins (G,); path, the
+        one that ran. All fp32 (fp64 for fp64 ``hidden``).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
+    """
+    head = Head(weight, bias, softcap, float(logit_scale))
+    _check(hidden, head, targets)
+    if not isinstance(layout, ResponseLayout):
+        raise TypeError(f"layout must be a ResponseLayout, not {type(layout).__name__}")
+    if layout.num_tokens != hidden.shape[0]:
+        raise ValueError(f"layout describes {layout.num_tokens} tokens, hidden has {hidden.shape[0]}")
+    if ref_logps.shape != (layout.num_responses,) or not ref_logps.is_floating_point():
+        raise ValueError(
+            f"ref_logps must be floating point ({layout.num_responses},), one number per response; "
+            f"found {ref_logps.dtype} {tuple(ref_logps.shape)}"
+        )
+    if ref_logps.device != hidden.device:
+        raise ValueError(f"ref_logps is on {ref_logps.device}, hidden on {hidden.device}")
+    num_prompts = layout.num_prompts if num_prompts is None else num_prompts
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts is {num_prompts}; it divides the sum over prompts and must be at least 1")
+    for name, value in (("alpha", alpha), ("beta", beta), ("anchor_weight", anchor_weight)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
+    path = choose_path(backend, hidden)
+    coefficients = Coefficients(float(alpha), float(beta), float(anchor_weight), int(num_prompts))
+    wide_ref = ref_logps.detach().to(wide_dtype(hidden.dtype))
+    workspace = _workspace(workspace_bytes, hidden.device)
+    tracked = torch.is_grad_enabled()
+    results = _FusedD2OLoss.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        path,
+        softcap,
+        float(logit_scale),
+        workspace,
+        layout,
+        wide_ref,
+        coefficients,
+        tracked,
+    )
+    loss, logps, chosen, rejected, margins = results
+    return D2OOutput(loss, logps, chosen, rejected, margins, path.name)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, path: Path, *options: Any) -> torch.Tensor:
+        softcap, logit_scale, workspace = options
+        head = Head(weight, bias, softcap, logit_scale)
+        with exact_products(hidden.device, hidden.dtype):
+            logps, lse = Walk(path, hidden, head, targets, workspace).score()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.path, ctx.options = path, options
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, dlogps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse_double_backward("linear_logprob")
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        softcap, logit_scale, workspace = ctx.options
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        walk = Walk(ctx.path, hidden, Head(weight, bias, softcap, logit_scale), targets, workspace)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        totals = Totals.of(walk.head, walk.wide, needs_weight, needs_bias)
+        with exact_products(hidden.device, hidden.dtype):
+            walk.gradient(lse, dlogps.contiguous(), dhidden, totals)
+        totals.zero_if_fresh()
+        dweight = None if totals.weight is None else totals.weight.to(weight.dtype)
+        dbias = None if totals.bias is None else totals.bias.to(bias.dtype)
+        return dhidden, dweight, dbias, *[None] * 5
+
+
+class _FusedD2OLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Any,
+        weight: Any,
+        bias: Any,
+        targets: Any,
+        path: Path,
+        softcap: float | None,
+        logit_scale: float,
+        workspace: int,
+        layout: ResponseLayout,
+        ref_logps: torch.Tensor,
+        coefficients: Coefficients,
+        tracked: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        head = Head(weight, bias, softcap, logit_scale)
+        walk = D2OWalk(path, hidden, head, targets, workspace, layout, ref_logps, coefficients)
+        needs_hidden, needs_weight, needs_bias = (tracked and needed for needed in ctx.needs_input_grad[:3])
+        with exact_products(hidden.device, hidden.dtype):
+            if needs_hidden or needs_weight or needs_bias:
+                dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+                totals = Totals.of(head, walk.wide, needs_weight, needs_bias)
+                walk.loss_and_gradient(dhidden, totals)
+                ctx.save_for_backward(dhidden, totals.weight, totals.bias)
+                ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+            else:
+                walk.loss()
+        results = (walk.logps, walk.chosen, walk.rejected, walk.margins)
+        ctx.mark_non_differentiable(*results)
+        return walk.losses.sum(), *results
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
+        _refuse_double_backward("fused_d2o_loss")
+        # The stored gradients are this node's own: they are scaled in place unless the graph is kept for another
+        # backward.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        gradients = [
+            None if grad is None else _scaled(grad, dloss, dtype, keep)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *gradients, *[None] * 9
+
+
+def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
+    """``factor * grad`` in ``dtype``. On a GPU the factor is never read on the host."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return grad.clone() if keep and grad.dtype == dtype else grad.to(dtype)
+    if keep:
+        return (grad * factor).to(dtype)
+    return grad.mul_(factor).to(dtype)
+
+
+def _refuse_double_backward(name: str) -> None:
+    if torch.is_grad_enabled():  # autograd turns it on inside a backward that was asked to create a graph
+        raise RuntimeError(f"{name} cannot be differentiated twice: call backward or grad without create_graph=True")
+
+
+def choose_path(backend: str, hidden: torch.Tensor) -> Path:
+    """The path that ``backend`` names: "auto" is Triton for fp32, bf16 and fp16 on a GPU, and torch for all else.
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for where it cannot run.
+        ImportError: Triton cannot be loaded.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend is {backend!r}; it must be 'auto', 'torch' or 'triton'")
+    on_gpu, is_double = hidden.device.type == "cuda", hidden.dtype == torch.float64
+    if backend == "torch" or (backend == "auto" and (not on_gpu or is_double)):
+        return TORCH
+    if is_double:
+        raise ValueError("backend='triton' computes in fp32; float64 tensors need backend='torch'")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs a GPU and hidden is on {hidden.device}; use backend='torch', "
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    try:
+        grad, loss, forward = (
+            importlib.import_module(f"d2o_fast.kernels.{name}")
+            for name in ("logit_grad", "group_loss", "linear_logprob")
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"the Triton kernels cannot be loaded ({error}); backend='torch' runs without them"
+        ) from error
+    return Path("triton", grad.logit_stats, grad.logit_grad_, loss.group_loss, forward.linear_logprob_forward)
+
+
+def _workspace(workspace_bytes: int | None, device: torch.device) -> int:
+    return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"]) if workspace_bytes is None else workspace_bytes
+
+
+def _check(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> None:
+    weight, bias = head.weight, head.bias
+    _check_plain(hidden=hidden, weight=weight, bias=bias, targets=targets)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"hidden must be (N, H) and weight (V, H); found {tuple(hidden.shape)} and {tuple(weight.shape)}. "
+            "Flatten batch and sequence first"
+        )
+    if weight.dtype != hidden.dtype and not (weight.dtype == torch.float32 and hidden.dtype.itemsize == 2):
+        raise TypeError(
+            f"weight is {weight.dtype} and hidden {hidden.dtype}: they must agree, "
+            "or the weight be float32 beside 16-bit hidden states"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be ({hidden.shape[0]},), one per row of hidden; found {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32, not {targets.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), one per row of weight; found {tuple(bias.shape)}")
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
+        raise ValueError(f"softcap is {head.softcap}; it must be positive, or None for no cap")
+    if not math.isfinite(head.logit_scale):
+        raise ValueError(f"logit_scale is {head.logit_scale}; it must be a finite number")
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = targets.min().item(), targets.max().item()
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"targets range from {low} to {high}; they must lie in [0, {weight.shape[0]}). "
+                "There is no ignored index: leave such tokens out of hidden and targets"
+            )
+
+
+def _check_plain(**tensors: torch.Tensor | None) -> None:
+    """Ordinary tensors on one device; floating point but for the targets."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in present.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if hasattr(tensor, "placements") or hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor ({tuple(tensor.shape)}), split over ranks; pass the whole tensor: "
+                f"{name}.full_tensor(), or keep the head out of fully_shard"
+            )
+        if name != "targets" and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+    devices = {name: str(tensor.device) for name, tensor in present.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"all tensors must be on one device; found {devices}")
