@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.report import append_row, markdown, summary
 from benchmarks.runner import RESULTS, run_cases
-from benchmarks.suites import SECONDS, SUITES
+from benchmarks.suites import SECONDS, SUITES, cases_of
 
 DEFAULT = ("errors", "cpu-loss", "memory", "peers")
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for <date>-<suite>.jsonl and .md")
     args = parser.parse_args(argv)
     for suite in args.suite or DEFAULT:
-        cases = SUITES[suite](args.device, args.tiny)
+        cases = cases_of(suite, args.device, args.tiny)
         name = f"{datetime.date.today()}-{suite}-{args.device}" + ("-tiny" if args.tiny else "")
         path = args.out / f"{name}.jsonl"
         rows = run_cases(cases, args.seconds or SECONDS[suite], lambda row, path=path: append_row(path, row))  # type: ignore[misc]

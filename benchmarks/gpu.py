@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import append_row, markdown, roofline, summary
 from benchmarks.runner import RESULTS, ROOT, about_this_run, run_cases
-from benchmarks.suites import SUITES
+from benchmarks.suites import cases_of
 
 TEST_SECONDS, LOSS_SECONDS = 170.0, 300.0  # with a hanging worker and the report under 10 minutes
 
@@ -45,7 +45,7 @@ def run_tests(out: Path, seconds: float) -> str:
 
 
 def run_loss(out: Path, device: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
-    cases = SUITES["errors"](device, True) + SUITES["gpu"](device, tiny)
+    cases = cases_of("errors", device, tiny=True) + cases_of("gpu", device, tiny)
     with (out / "worker.log").open("w") as log:
         return run_cases(cases, seconds, lambda row: append_row(out / "rows.jsonl", row), log)
 

@@ -38,7 +38,7 @@ BOUNDS = {
     "bf16": {"loss": 3e-2, "rest": 5e-2},
     "fp16": {"loss": 4e-3, "rest": 1e-2},
 }
-MIN_ROUNDS, MAX_ROUNDS = 3, 25
+MIN_ROUNDS = 3
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -84,18 +84,18 @@ def run_case(case: Case, providers: list[Provider], emit: Emit, seconds: float =
         if row["status"] == "failed":
             del ready[provider.name]
     exact.clear()
-    gc.collect()
-    gc.freeze()  # what is alive now: the collections before each provider's turn need not look at it again
     if "memory" in case.measure:
+        gc.collect()
+        gc.freeze()  # what is alive now: the collections before each provider's turn need not look at it again
         for name in list(ready):
             emit({"event": "provider", "name": name})
             with _failures_into(rows[name], case):
                 rows[name].update(peak_memory(ready[name], problem, case.mode))
             if rows[name]["status"] == "failed":
                 del ready[name]
+        gc.unfreeze()
     if "time" in case.measure:
         _time_interleaved(ready, rows, problem, case, emit, deadline)
-    gc.unfreeze()
     facts = {
         "entropy_nats": problem.entropy,
         "target_logp": problem.target_logp,
@@ -188,7 +188,7 @@ def _time_interleaved(
     products = Products(problem)
     order, shuffle = list(ready), random.Random(case.seed)
     products.measure()
-    for rounds in range(MAX_ROUNDS):
+    for rounds in range(case.rounds):
         if rounds >= MIN_ROUNDS and time.monotonic() > until:
             break
         shuffle.shuffle(order)

@@ -27,6 +27,7 @@ from benchmarks.shapes import Case
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+COMMAND = [sys.executable, "-m", "benchmarks.runner"]
 GRACE = 60.0  # seconds past its budget after which a worker is taken to hang
 
 
@@ -101,9 +102,8 @@ class Worker:
         self.failure: str | None = None
         self.provider: str | None = None
         plan = {"cases": [case.to_json() for case in cases], "crashed": crashed, "seconds": seconds}
-        command = [sys.executable, "-m", "benchmarks.runner"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            COMMAND, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(plan))

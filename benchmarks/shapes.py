@@ -44,6 +44,7 @@ class Case:
         mode: "train" (gradients of hidden and weight), "frozen" (of hidden alone) or "score" (log-probabilities only).
         inputs: "random" (logits nearly uniform) or "peaked" (like a trained model's, see ``make_problem``).
         measure: any of "errors" (the gate), "memory" and "time".
+        rounds: most rounds of the timing.
     """
 
     suite: str
@@ -59,6 +60,7 @@ class Case:
     seed: int = 0
     providers: tuple[str, ...] = ()
     measure: tuple[str, ...] = ("errors", "memory", "time")
+    rounds: int = 25
 
     @property
     def N(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.shapes import HEADS, Case, equal_lengths, mixed_lengths
 
@@ -151,3 +152,8 @@ def gpu(device: str = "cuda", tiny: bool = False) -> list[Case]:
 
 
 SUITES = {"errors": errors, "cpu-loss": cpu_loss, "memory": memory, "peers": peers, "gpu": gpu}
+
+
+def cases_of(suite: str, device: str, tiny: bool = False) -> list[Case]:
+    """``tiny``: shapes that show whether everything runs, not how fast."""
+    return [replace(case, rounds=3) if tiny else case for case in SUITES[suite](device, tiny)]
