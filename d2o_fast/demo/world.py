@@ -197,6 +197,11 @@ def preferred(row: dict[str, object]) -> str:
     return str(row[f"response_{row['better_response_id']}"])
 
 
+def dispreferred(row: dict[str, object]) -> str:
+    """The response marked worse: the negative of DPO, always abusive."""
+    return str(row[f"response_{1 - int(str(row['better_response_id']))}"])
+
+
 def unsafe(row: dict[str, object]) -> list[str]:
     """Every response marked unsafe: the negatives of D2O, GA and NPO."""
     return [str(row[f"response_{i}"]) for i in (0, 1) if not row[f"is_response_{i}_safe"]]
