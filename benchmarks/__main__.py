@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = run_cases(cases, args.seconds or SECONDS[suite], lambda row, path=path: append_row(path, row))  # type: ignore[misc]
         table = markdown(rows, f"{suite} on {args.device}")
         path.with_suffix(".md").write_text(table)
-        print(table, summary(rows), sep="\n")
+        print(table + summary(rows))
     return 0
 
 

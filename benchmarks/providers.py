@@ -47,7 +47,10 @@ class Provider:
 
 
 def group_loss(token_logps: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """``reference.d2o_loss`` of token log-probabilities (N,), all prompts at once so that a GPU is not kept waiting."""
+    """``reference.d2o_loss`` of token log-probabilities (N,), all prompts at once so that a GPU does not wait.
+
+    Sums in fp64, the loss in fp32.
+    """
     layout, device = problem.layout, token_logps.device
     cu_seqlens = layout.tensor("cu_seqlens", device).long()
     cu_groups = layout.tensor("cu_groups", device).long()
@@ -56,7 +59,7 @@ def group_loss(token_logps: torch.Tensor, problem: Problem) -> torch.Tensor:
     negatives = log_ratio[cu_groups[:-1]]
     anchors = torch.segment_reduce(log_ratio, "sum", offsets=cu_groups, unsafe=True) - negatives
     z = BETA * anchors / layout.tensor("num_anchors", device) - ALPHA * negatives
-    return F.softplus(-z).mean()
+    return F.softplus(-z).mean().float()
 
 
 def per_token(problem: Problem, logps: TokenLogps, path: str = "") -> Functions:
@@ -198,6 +201,7 @@ def liger_dpo(problem: Problem) -> Functions:
 
 def trl_chunked(problem: Problem) -> Functions:
     function = need("trl.kernels.chunked_logprob").ChunkedLogProbFunction  # trl >= 1.16
+    need("trl.trainer.utils")  # its backward imports this
 
     def logps(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return function.apply(h, w, None, problem.targets, 1.0, 32768, problem.softcap, 1.0, ())[0]
@@ -205,10 +209,10 @@ def trl_chunked(problem: Problem) -> Functions:
     return per_token(problem, logps)
 
 
-def cce(problem: Problem, filter_eps: str | None = "high") -> Functions:
+def cce(problem: Problem, **filtering: Any) -> Functions:
     function = need("cut_cross_entropy").linear_cross_entropy
     need_cuda(problem)
-    options = {"softcap": problem.softcap, "reduction": "none", "filter_eps": filter_eps}
+    options = {"softcap": problem.softcap, "reduction": "none", **filtering}
     return per_token(problem, lambda h, w: -function(h, w, problem.targets, **options))
 
 

@@ -88,7 +88,7 @@ def memory(device: str = "cpu", tiny: bool = False) -> list[Case]:
 
 
 def peers(device: str = "cpu", tiny: bool = False) -> list[Case]:
-    """Everybody on a CPU: GPT-2's head in full, the larger vocabularies with H = 256 and fewer rows."""
+    """Everybody on a CPU: GPT-2's head in full, the larger vocabularies with fewer rows and mostly a smaller H."""
     if tiny:
         lengths = equal_lengths(2, 2)
         return [
@@ -101,25 +101,16 @@ def peers(device: str = "cpu", tiny: bool = False) -> list[Case]:
         for dtype in ("fp32", "bf16")
         for mode in ("train", "frozen")
     ]
-    for name in ("qwen2.5-0.5b", "llama-3.1-8b", "gemma-2-2b"):
-        head, lengths = HEADS[name], equal_lengths(1, 16)
-        inputs = "peaked" if name.startswith("llama") else "random"
-        for mode in ("train", "frozen", "score") if name.startswith("llama") else ("train",):
-            cases.append(
-                Case(
-                    "peers",
-                    name,
-                    lengths,
-                    256,
-                    head.V,
-                    "bf16",
-                    mode,
-                    inputs,
-                    head.softcap,
-                    providers=UNCOMPILED,
-                    device=device,
-                )
-            )
+    for name, tokens, H, mode, inputs in (
+        ("qwen2.5-0.5b", 8, 896, "train", "random"),
+        ("llama-3.2-1b", 16, 512, "train", "peaked"),
+        ("llama-3.1-8b", 16, 512, "frozen", "peaked"),
+        ("llama-3.1-8b", 16, 512, "score", "peaked"),
+        ("gemma-2-2b", 16, 512, "train", "random"),
+    ):
+        V, softcap = HEADS[name].V, HEADS[name].softcap
+        lengths = equal_lengths(1, tokens)
+        cases.append(Case("peers", name, lengths, H, V, "bf16", mode, inputs, softcap, device, 0, UNCOMPILED))
     return cases
 
 
