@@ -1,0 +1,391 @@
+"""The training loop: packed prompts -> hidden states of a Hugging Face model -> the fused loss -> AdamW.
+
+One step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, each with its negative and its K
+anchors. Nothing in it waits for the device: metrics are summed there and read every ``logging_steps``.
+
+Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from d2o_fast import checkpoint as ckpt
+from d2o_fast.anchors import AnchorStore
+from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.config import D2OConfig
+from d2o_fast.data import Row, rows_from
+from d2o_fast.errors import D2OError
+from d2o_fast.evaluate import judge_model, load_judge
+from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
+from d2o_fast.model_card import model_card
+from d2o_fast.models import autocast, base_of, decoder_of, head_of, load_tokenizer, pad_token_id
+from d2o_fast.ops import fused_d2o_loss
+from d2o_fast.prepare import (
+    add_adapter,
+    initial_model,
+    load_weights,
+    open_store,
+    quiet_transformers,
+    refuse_many_processes,
+)
+from d2o_fast.reference import D2OOutput
+from d2o_fast.sampling import evaluating
+
+logger = logging.getLogger("d2o_fast")
+
+Callback = Callable[["D2OTrainer", str, dict[str, float]], None]
+
+
+class TrainResult(NamedTuple):
+    """What ``D2OTrainer.train`` returns: optimizer steps done, and the last metrics of training and evaluation."""
+
+    global_step: int
+    metrics: dict[str, float]
+
+
+class D2OTrainer:
+    """Trains a causal language model away from its negatives while its own anchors hold it in place.
+
+    Args:
+        model: a local folder, a hub name, a model of transformers or a PeftModel. Its weights become fp32. What it is
+            now is both references; of a PeftModel, what it is with its adapter disabled.
+        args: all settings.
+        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data.py``), whose
+            anchors are drawn and scored before training, under ``args.anchors_dir``; or an ``AnchorStore``.
+        eval_dataset: held-out data in the same forms.
+        processing_class: the tokenizer; by default the one beside the model.
+        peft_config: a LoraConfig; with ``args.use_peft`` alone, one is made from ``args.lora_*``.
+        callbacks: functions ``callback(trainer, event, metrics)``, called after each "log", "evaluate", "save" and
+            "train_end".
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: D2OConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        refuse_many_processes()
+        name = model if isinstance(model, str) else base_of(model).config._name_or_path
+        self.args = dataclasses.replace(args, model_name_or_path=name or args.model_name_or_path)
+        self.tokenizer = processing_class or load_tokenizer(self.args)
+        self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
+        self.device = self.model.device
+        self.head, self.decoder = head_of(self.model), decoder_of(self.model)
+        self.datasets = {
+            "train": _dataset(train_dataset, "train_dataset"),
+            "eval": _dataset(eval_dataset, "eval_dataset"),
+        }
+        self.stores: dict[str, AnchorStore] = {}
+        self.rows: dict[str, list[Row]] = {}
+        self.examples: dict[str, list[Example]] = {}
+        self.callbacks = list(callbacks or [])
+        self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
+        self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
+
+    # --- Training --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainResult:
+        """Trains to the end and writes the model, its card and the settings into ``args.output_dir``.
+
+        The global random generators are left as they were.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or "latest" / True; ``args.resume_from_checkpoint`` if not
+                given. The run continues as if it had never stopped.
+
+        Raises:
+            D2OError: a used ``output_dir``, a checkpoint or store that does not fit, a loss that is not finite.
+        """
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        path = ckpt.find_checkpoint(self.args.output_dir, resume)
+        if path is not None:
+            self.state = ckpt.load_state(path)
+            ckpt.check_unchanged(path, self.state, self.args)
+        for name in self.datasets:
+            self._prepare(name, resumed=path)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self._train(path)
+        self.save_model(self.args.output_dir)
+        self._call("train_end", self.state.metrics)
+        return TrainResult(self.state.global_step, self.state.metrics)
+
+    def _train(self, path: Path | None) -> None:
+        args, state = self.args, self.state
+        torch.manual_seed(args.seed)
+        self.means = PromptMeans(self.device)
+        self.bad_step = torch.full((), -1, device=self.device)  # the first step whose loss or gradient is not finite
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _adamw(self.model, args)
+        if path is not None:
+            load_weights(self.model, path)
+            self._load_progress(path)
+        if args.gradient_checkpointing:
+            base_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        rate = TokenRate()
+        self.log = MetricLog(args, state.global_step, self.num_steps)
+        try:
+            if args.eval_steps and self.examples["eval"] and path is None:
+                self._evaluate_and_log()
+            while state.global_step < self.num_steps:
+                rate.go()
+                grad_norm, lr, tokens = self._step()
+                rate.pause()
+                rate.tokens += tokens
+                self._after_step(grad_norm, lr, rate)
+        finally:
+            self.log.close()
+            self.model.eval()
+
+    def _step(self) -> tuple[torch.Tensor, float, int]:
+        """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
+        args, state = self.args, self.state
+        examples = [self.examples["train"][i] for i in self.prompts_of(state.global_step)]
+        lr = args.learning_rate * schedule(state.global_step, self.num_steps, args.lr_scheduler_type, args.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for start in range(0, len(examples), args.per_device_train_batch_size):
+            micro = examples[start : start + args.per_device_train_batch_size]
+            out = self._loss(micro, self.means, num_prompts=len(examples))
+            out.loss.backward()
+            finite &= out.loss.detach().isfinite()
+        # max_grad_norm = 0 means no clipping; the norm is reported all the same.
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm or math.inf)
+        bad = ~(finite & grad_norm.isfinite())
+        self.bad_step = torch.where((self.bad_step < 0) & bad, state.global_step, self.bad_step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(example.num_tokens() for example in examples)
+        state.global_step += 1
+        state.num_tokens += tokens
+        state.epoch = self._epoch(state.global_step)
+        return grad_norm, lr, tokens
+
+    def _loss(self, examples: Sequence[Example], means: PromptMeans, num_prompts: int) -> D2OOutput:
+        batch = pack(examples, pad_token_id(self.tokenizer)).to(self.device)
+        with autocast(self.args, self.device):
+            hidden = response_hidden(self.decoder, batch)
+        out = fused_d2o_loss(
+            hidden,
+            self.head.weight,
+            batch.targets,
+            batch.layout,
+            batch.ref_logps,
+            alpha=self.args.alpha,
+            beta=self.args.beta,
+            anchor_weight=self.args.anchor_weight,
+            num_prompts=num_prompts,
+            **self.head.options(),
+        )
+        means.add(out, batch.layout, num_prompts)
+        if self.loss_path is None:
+            self.loss_path = out.path
+            logger.info("loss path: %s, %s on %s", out.path, hidden.dtype, self.device)
+        return out
+
+    def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
+        args, step, last = self.args, self.state.global_step, self.state.global_step == self.num_steps
+        if step % args.logging_steps == 0 or last:
+            self._refuse_non_finite()
+            metrics = {
+                **self.means.read(),
+                "grad_norm": grad_norm.item(),
+                "learning_rate": lr,
+                "epoch": self.state.epoch,
+                "num_tokens": self.state.num_tokens,
+                "tokens_per_second": rate.read(),
+            }
+            self.means.reset()
+            self._report("log", metrics)
+        if self.examples["eval"] and (last or (args.eval_steps and step % args.eval_steps == 0)):
+            self._evaluate_and_log()
+        if step % args.save_steps == 0:
+            self._refuse_non_finite()
+            self._save_checkpoint()
+        self.log.bar.update()
+
+    def _refuse_non_finite(self) -> None:
+        step = int(self.bad_step.item())
+        if step < 0:
+            return
+        prompts = ", ".join(self._source(i) for i in self.prompts_of(step)[:4])
+        raise D2OError(
+            f"step {step + 1}: the loss or its gradient is not finite. Its prompts: {prompts}, ... No checkpoint was "
+            "written since. Lower learning_rate, or look at these prompts"
+        )
+
+    # --- The order of the prompts: a function of the settings and the step ----------------------------------------
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.examples["train"]) / self.prompts_per_step)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+
+    def prompts_of(self, step: int) -> list[int]:
+        """Which examples step ``step`` (from 0) takes; fewer than ``prompts_per_step`` at the end of an epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if getattr(self, "_order", (None,))[0] != epoch:
+            digest = hashlib.sha256(f"{self.args.seed}/{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            self._order = epoch, torch.randperm(len(self.examples["train"]), generator=generator).tolist()
+        return self._order[1][position * self.prompts_per_step :][: self.prompts_per_step]
+
+    def _epoch(self, step: int) -> float:
+        full, position = divmod(step, self.steps_per_epoch)
+        return full + position * self.prompts_per_step / len(self.examples["train"])
+
+    # --- Data ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, name: str, resumed: Path | None = None) -> None:
+        data = self.datasets[name]
+        if name not in self.examples and data is not None:
+            store = open_store(self.model, self.tokenizer, data, self.args, name, may_build=resumed is None)
+            self.stores[name], self.examples[name] = store, store.examples()
+            self.rows[name] = store.rows() if isinstance(data, AnchorStore) else data
+        self.examples.setdefault(name, [])
+        if data is None:
+            return
+        if resumed is not None:
+            ckpt.check_digest(resumed, self.state, name, self.stores[name].digest, self.stores[name].folder)
+        self.state.digests[name] = self.stores[name].digest
+
+    def _source(self, i: int) -> str:
+        return f"{self.rows['train'][i].source}, row {self.rows['train'][i].index}"
+
+    # --- Evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and rewards on ``eval_dataset``, ``eval_judge/...`` where ``args.judge`` is set.
+
+        Raises:
+            D2OError: there is no eval_dataset.
+        """
+        self._prepare("eval")
+        if not self.examples["eval"]:
+            raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
+        means, size = PromptMeans(self.device), self.args.per_device_eval_batch_size
+        with torch.no_grad(), evaluating(self.model):
+            for start in range(0, len(self.examples["eval"]), size):
+                examples = self.examples["eval"][start : start + size]
+                self._loss(examples, means, num_prompts=len(examples))
+        metrics = means.read()
+        if self.args.judge:
+            judge = load_judge(self.args.judge)
+            metrics |= judge_model(self.model, self.tokenizer, self.rows["eval"], judge, self.args)[0]
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _evaluate_and_log(self) -> None:
+        self._report("evaluate", {**self.evaluate(), "epoch": self.state.epoch})
+
+    def _report(self, event: str, metrics: dict[str, float]) -> None:
+        self.log.write(self.state.global_step, metrics)
+        self.state.metrics |= metrics
+        self._call(event, metrics)
+
+    def _call(self, event: str, metrics: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback(self, event, metrics)
+
+    # --- Files -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, folder: str | Path) -> None:
+        """Weights in fp32 (of a PeftModel its adapter alone), tokenizer, model card and ``d2o_config.yaml``.
+
+        Every file is written elsewhere first and moved into its place whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        is_adapter = not isinstance(self.model, PreTrainedModel)
+        data = {name: self._described(name) for name in self.stores}
+        with ckpt.replace_files(folder) as temporary:
+            self._save_weights(temporary)
+            card = model_card(self.args, self.state, data, is_adapter, self.loss_path or "not run")
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
+            (temporary / "d2o_config.yaml").write_text(config, encoding="utf-8")
+
+    def _described(self, name: str) -> str:
+        examples = self.examples[name]
+        source = ", ".join(f"`{source}`" for source in dict.fromkeys(row.source for row in self.rows[name]))
+        anchors = sum(len(example.anchor_ids) for example in examples)
+        return f"{source}: {len(examples)} negatives, {anchors} anchors (store {self.stores[name].digest[:16]})"
+
+    def _save_weights(self, folder: Path) -> None:
+        options = {} if isinstance(self.model, PreTrainedModel) else {"save_embedding_layers": False}
+        with quiet_transformers():
+            self.model.save_pretrained(folder, **options)
+        self.tokenizer.save_pretrained(folder)
+
+    def _save_checkpoint(self) -> None:
+        self.log.sync()
+        extra = {"sums": self.means.sums.cpu(), "num_prompts": self.means.num_prompts}
+        limit = self.args.save_total_limit
+        ckpt.save_checkpoint(self.args.output_dir, self.state, self._save_weights, self.optimizer, extra, limit)
+        self._call("save", {})
+
+    def _load_progress(self, path: Path) -> None:
+        extra = ckpt.load_tensors(path, self.optimizer)
+        self.means.sums.copy_(extra["sums"])
+        self.means.num_prompts = extra["num_prompts"]
+
+
+def schedule(step: int, num_steps: int, kind: str, warmup_ratio: float) -> float:
+    """Factor on the learning rate at ``step`` (from 0), as transformers' schedulers of the same names have it."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return 1.0
+
+
+def _adamw(model: torch.nn.Module, args: D2OConfig) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient; weight decay on matrices alone, not on norms and biases."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=device in ("cpu", "cuda"),
+    )
+
+
+def _rows(data: Any, name: str) -> AnchorStore | list[Row] | None:
+    return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)
