@@ -1,0 +1,427 @@
+"""Anchors and reference scores, made once and kept on disk.
+
+A store is a folder:
+
+    manifest.json                  fingerprint, number of rows and of shards; written first
+    shard-00000.parquet ...        ``sampling_batch_size`` rows each, in the order of the data
+    shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
+
+A shard is drawn and scored together, with a seed of its own, and renamed into place once it is on the disk. So a run
+that is killed at any instant and started again makes only what is missing, and ends with the same bits.
+
+K anchors of one prompt; S responses; N response tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.config import D2OConfig
+from d2o_fast.data import Row, tokenize_rows
+from d2o_fast.errors import D2OError, DataError, FingerprintError
+from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
+from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id
+from d2o_fast.ops import linear_logprob
+from d2o_fast.reference import sequence_logps
+from d2o_fast.sampling import evaluating, sample_responses
+
+__all__ = ["AnchorStore", "build_store", "expected_fingerprint", "reference_logps"]
+
+logger = logging.getLogger("d2o_fast")
+
+SCORE_TOKENS = 16384  #: padded tokens that one scoring batch may hold, unless a single prompt has more
+
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # place in the data, from 0
+        ("source", pa.string()),
+        ("source_row", pa.int64()),  # row of the source, from 1
+        ("chat", pa.bool_()),  # prompt is a JSON list of messages
+        ("sampled", pa.bool_()),  # anchors were drawn here and did not come with the data
+        ("prompt", pa.string()),
+        ("rejected", pa.string()),
+        ("anchors", pa.list_(pa.string())),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("anchors_ids", pa.list_(pa.list_(pa.int32()))),
+        ("rejected_ref_logp", pa.float32()),  # log ref+, summed over the response, nats
+        ("anchors_ref_logps", pa.list_(pa.float32())),  # log ref- of each anchor
+        ("prompt_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("anchors_tokens", pa.list_(pa.int32())),
+    ]
+)
+
+
+class AnchorStore:
+    """Anchors and reference scores of one split of the data, read from a folder that ``build_store`` made."""
+
+    def __init__(self, folder: str, manifest: dict[str, Any], shards: list[pa.Table | None]) -> None:
+        self.folder = folder
+        self.fingerprint: dict[str, Any] = manifest["fingerprint"]
+        self.num_rows: int = manifest["num_rows"]
+        self._shards = shards
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], require_complete: bool = True) -> AnchorStore:
+        """Reads and verifies every shard.
+
+        Raises:
+            D2OError: no such folder, no manifest, shards that are missing (unless ``require_complete`` is false) or
+                damaged; each is named.
+        """
+        manifest = _read_manifest(Path(folder))
+        shards = [_read_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
+        store = cls(str(folder), manifest, shards)
+        if require_complete and not store.complete:
+            missing = [i for i, shard in enumerate(shards) if shard is None]
+            raise D2OError(
+                f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
+                f"{_shard_name(missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
+            )
+        return store
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return all(shard is not None for shard in self._shards)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint, for a checkpoint to remember its data by."""
+        return fingerprint_digest(self.fingerprint)
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Raises FingerprintError with the name of every field in which ``expected`` differs."""
+        if self.fingerprint != expected:
+            names = [*self.fingerprint, *(name for name in expected if name not in self.fingerprint)]
+            pairs = {name: (self.fingerprint.get(name), expected.get(name)) for name in names}
+            raise FingerprintError(self.folder, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+
+    def examples(self) -> list[Example]:
+        """Token ids and reference scores of every row, in the order of the data."""
+        return [
+            Example(
+                record["prompt_ids"],
+                record["rejected_ids"],
+                record["anchors_ids"],
+                [record["rejected_ref_logp"], *record["anchors_ref_logps"]],
+            )
+            for record in self._records()
+        ]
+
+    def rows(self) -> list[Row]:
+        """Prompts and responses as text; ``anchors`` is None where they were sampled."""
+        rows = []
+        for record in self._records():
+            chat = record["chat"]
+            prompt = json.loads(record["prompt"]) if chat else record["prompt"]
+            texts = [[{"role": "assistant", "content": text}] if chat else text for text in record["anchors"]]
+            rejected = [{"role": "assistant", "content": record["rejected"]}] if chat else record["rejected"]
+            anchors = None if record["sampled"] else texts
+            rows.append(Row(prompt, rejected, anchors, record["source"], record["source_row"]))
+        return rows
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for shard in self._shards:
+            if shard is None:
+                raise D2OError(f"{self.folder}: the store is incomplete; run `d2o sample` again to complete it")
+            yield from shard.to_pylist()
+
+
+def build_store(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: D2OConfig,
+    folder: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> AnchorStore:
+    """Makes the store in ``folder``, or completes the one that is there.
+
+    Rows without anchors get K = ``config.num_generations`` of them, drawn from the model; all responses are scored.
+    Of a PeftModel, the model without its adapter draws and scores.
+
+    Args:
+        model: the initial model, from which training will start: both references, pi_r+ and pi_r-.
+        progress: called as ``progress(rows done, rows in all)`` after each shard, and once at the start.
+
+    Raises:
+        FingerprintError: the folder holds anchors made under other conditions.
+        DataError: rows that cannot be used, all of them checked before the first is sampled.
+        D2OError: another process at work in the folder, a damaged shard, fewer responses than asked for, a score that
+            is not finite, an adapter that is already trained.
+    """
+    if not rows:
+        raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
+    folder = Path(folder)
+    examples = tokenize_rows(rows, tokenizer, config)
+    fingerprint = expected_fingerprint(model, tokenizer, rows, config)
+    size = config.sampling_batch_size
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        manifest = _begin(
+            folder, {"fingerprint": fingerprint, "num_rows": len(rows), "num_shards": -(-len(rows) // size)}
+        )
+        AnchorStore(str(folder), manifest, []).check(fingerprint)
+        shards = [_read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
+        done = sum(shard.num_rows for shard in shards if shard is not None)
+        if progress is not None:
+            progress(done, len(rows))
+        maker = None
+        for i, shard in enumerate(shards):
+            if shard is not None:
+                continue
+            maker = maker or _ShardMaker(model, tokenizer, config, fingerprint["stop_token_ids"])
+            part = slice(i * size, (i + 1) * size)
+            table = maker.make(i, rows[part], examples[part])
+            _write_shard(folder, i, table)
+            shards[i] = table
+            done += table.num_rows
+            if progress is not None:
+                progress(done, len(rows))
+    return AnchorStore(str(folder), manifest, shards)
+
+
+def reference_logps(
+    decoder: nn.Module, model: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int
+) -> list[list[float]]:
+    """K + 1 log-probabilities of each example, the negative's first: fp32 sums in nats.
+
+    Batches hold whole prompts, at most ``SCORE_TOKENS`` padded tokens of them, so that memory does not grow with the
+    number of examples; which rows share a batch changes a score in its rounding only.
+    """
+    head, device = head_of(model), next(model.parameters()).device
+    scores: list[list[float]] = []
+    for batch_examples in _batches(examples):
+        batch = pack(batch_examples, pad).to(device)
+        with torch.no_grad(), evaluating(model), autocast(config, device):
+            hidden = response_hidden(decoder, batch)
+            token_logps = linear_logprob(hidden, head.weight, batch.targets, **head.options())
+        values = sequence_logps(token_logps, batch.layout).tolist()
+        for example in batch_examples:
+            count = 1 + len(example.anchor_ids)
+            scores.append(values[:count])
+            values = values[count:]
+    return scores
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    rows = width = 0
+    for example in examples:
+        responses = example.responses()
+        longest = len(example.prompt_ids) + max(len(response) for response in responses)
+        if batch and (rows + len(responses)) * max(width, longest) > SCORE_TOKENS:
+            yield batch
+            batch, rows, width = [], 0, 0
+        batch.append(example)
+        rows, width = rows + len(responses), max(width, longest)
+    if batch:
+        yield batch
+
+
+class _ShardMaker:
+    """Draws and scores the rows of one shard at a time."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: D2OConfig, stops: list[int]) -> None:
+        self.model, self.tokenizer, self.config, self.stops = model, tokenizer, config, stops
+        self.pad = pad_token_id(tokenizer)
+        _refuse_trained_adapter(model)
+        with _adapter_disabled(model):
+            self.decoder = decoder_of(model)
+
+    def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
+        with _adapter_disabled(self.model):
+            examples = self._with_anchors(shard, examples)
+            scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad)
+        first = shard * self.config.sampling_batch_size
+        records = []
+        for i, (row, example, logps) in enumerate(zip(rows, examples, scores, strict=True)):
+            for response, logp in enumerate(logps):
+                if not math.isfinite(logp):
+                    field = "rejected" if response == 0 else f"anchors[{response - 1}]"
+                    found = f"its log-probability under the model is {logp}"
+                    raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
+            records.append(self._record(first + i, row, example, logps))
+        return pa.Table.from_pylist(records, schema=_SCHEMA)
+
+    def _with_anchors(self, shard: int, examples: Sequence[Example]) -> list[Example]:
+        config = self.config
+        wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
+        base = base_of(self.model)
+        with autocast(config, base.device):
+            drawn = sample_responses(
+                base,
+                [examples[i].prompt_ids for i in wanted],
+                config.num_generations,
+                max_new_tokens=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                eos_token_ids=self.stops,
+                pad_token_id=self.pad,
+                seed=_shard_seed(config.sampling_seed, shard),
+            )
+        filled = list(examples)
+        for i, anchors in zip(wanted, drawn, strict=True):
+            filled[i] = replace(examples[i], anchor_ids=anchors)
+        return filled
+
+    def _record(self, index: int, row: Row, example: Example, logps: list[float]) -> dict[str, Any]:
+        chat, sampled = not isinstance(row.prompt, str), row.anchors is None
+        if row.anchors is None:
+            anchors = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
+        else:
+            anchors = [_content(anchor) for anchor in row.anchors]
+        return {
+            "row": index,
+            "source": row.source,
+            "source_row": row.index,
+            "chat": chat,
+            "sampled": sampled,
+            "prompt": json.dumps(row.prompt, ensure_ascii=False) if chat else row.prompt,
+            "rejected": _content(row.rejected),
+            "anchors": anchors,
+            "prompt_ids": example.prompt_ids,
+            "rejected_ids": example.rejected_ids,
+            "anchors_ids": example.anchor_ids,
+            "rejected_ref_logp": logps[0],
+            "anchors_ref_logps": logps[1:],
+            "prompt_tokens": len(example.prompt_ids),
+            "rejected_tokens": len(example.rejected_ids),
+            "anchors_tokens": [len(ids) for ids in example.anchor_ids],
+        }
+
+
+def _content(response: Any) -> str:
+    return response if isinstance(response, str) else response[0]["content"]
+
+
+def _shard_seed(sampling_seed: int, shard: int) -> int:
+    # A hash, since neighbouring seeds of neighbouring runs must not share shards.
+    return int.from_bytes(hashlib.sha256(f"{sampling_seed} {shard}".encode()).digest()[:7], "big")
+
+
+def _adapter_disabled(model: Any) -> contextlib.AbstractContextManager[Any]:
+    return model.disable_adapter() if hasattr(model, "peft_config") else contextlib.nullcontext()
+
+
+def _refuse_trained_adapter(model: nn.Module) -> None:
+    # A fresh adapter adds nothing, so the model without it is the initial policy; a trained one does not.
+    if not hasattr(model, "peft_config"):
+        return
+    for name, parameter in model.named_parameters():
+        if ("lora_B" in name or "lora_embedding_B" in name) and bool(parameter.detach().any()):
+            raise D2OError(
+                f"the adapter is not fresh ({name} is not zero), so the model without it is not where training starts. "
+                "Merge it first (merge_and_unload), or make the anchors before training"
+            )
+
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise D2OError(f"{folder}: another process is making anchors here; wait for it or stop it") from error
+        yield  # the lock goes with the file, and with the process however it ends
+
+
+def _shard_name(i: int) -> str:
+    return f"shard-{i:05d}.parquet"
+
+
+def _begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the folder, written now if the folder is new."""
+    if (folder / "manifest.json").exists():
+        return _read_manifest(folder)
+    if any(folder.glob("shard-*.parquet")):
+        raise D2OError(f"{folder}: shards without manifest.json; choose another anchors_dir or empty this one")
+    _replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest)
+    except FileNotFoundError as error:
+        raise D2OError(f"{folder}: no manifest.json; this is not a folder that `d2o sample` made") from error
+    except ValueError as error:
+        raise D2OError(f"{folder}/manifest.json is damaged ({error}); remove the folder and sample again") from error
+    if not complete:
+        raise D2OError(f"{folder}/manifest.json is not a manifest of anchors; remove the folder and sample again")
+    return manifest
+
+
+def _write_shard(folder: Path, i: int, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    name = _shard_name(i)
+    _replace_file(folder / f"{name}.sha256", f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode())
+    _replace_file(folder / name, data)  # last: a shard that is there has its digest
+
+
+def _read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | None:
+    """The shard, verified; None if it was not made yet."""
+    path = folder / _shard_name(i)
+    if not path.exists():
+        return None
+    fix = "remove it and its .sha256, and run `d2o sample` again to make it anew"
+    try:
+        expected = (folder / f"{path.name}.sha256").read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing; {fix}") from error
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {fix}")
+    table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
+    size, k = manifest["fingerprint"]["sampling_batch_size"], manifest["fingerprint"]["num_generations"]
+    rows = list(range(i * size, min((i + 1) * size, manifest["num_rows"])))
+    if table["row"].to_pylist() != rows:
+        raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {fix}")
+    counts = ("anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
+    columns = [table[name].combine_chunks().value_lengths().to_pylist() for name in counts]
+    for row, sampled, *lengths in zip(rows, table["sampled"].to_pylist(), *columns, strict=True):
+        if len(set(lengths)) != 1 or lengths[0] < 1 or (sampled and lengths[0] != k):
+            raise D2OError(f"{path}, row {row}: {lengths[0]} anchors and {lengths[2]} scores instead of {k}; {fix}")
+    return table
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
