@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -79,7 +80,7 @@ def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
     base = base_of(model)
     if getattr(base, "is_quantized", False):
         raise D2OError("the model is quantised; D2O trains fp32 master weights (with LoRA too): load it unquantised")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").float()
+    model = model.float().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.use_liger_kernel:
         _apply_liger(base)
     return model
@@ -178,7 +179,6 @@ def open_store(
     config: D2OConfig,
     name: str,
     may_build: bool = True,
-    progress: Callable[[int, int], None] | None = None,
 ) -> AnchorStore:
     """The complete store of ``data``, checked against the initial ``model``; made, or completed, if it may be.
 
@@ -189,9 +189,27 @@ def open_store(
     if not isinstance(data, AnchorStore):
         folder = anchors_folder(config, name)
         if may_build:
-            return build_store(model, tokenizer, data, config, folder, progress)
+            with contextlib.closing(_Progress(name)) as progress:
+                return build_store(model, tokenizer, data, config, folder, progress)
         store, rows = AnchorStore.open(folder), data
     else:
         store, rows = data, data.rows()  # an incomplete store has no rows to give: rows() says so
     store.check(expected_fingerprint(model, tokenizer, rows, config))
     return store
+
+
+class _Progress:
+    """A progress bar over rows, shown once there is something left to do."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bar = name, None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None and done < total:
+            self.bar = tqdm(total=total, initial=done, desc=f"anchors ({self.name})", unit="prompt")
+        elif self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

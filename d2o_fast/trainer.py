@@ -22,15 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2o_fast import checkpoint as ckpt
 from d2o_fast.anchors import AnchorStore
-from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, rows_from
 from d2o_fast.errors import D2OError
-from d2o_fast.evaluate import judge_model, load_judge
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
-from d2o_fast.models import autocast, base_of, decoder_of, head_of, load_tokenizer, pad_token_id
-from d2o_fast.ops import fused_d2o_loss
+from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id
 from d2o_fast.prepare import (
     add_adapter,
     initial_model,
@@ -39,8 +37,7 @@ from d2o_fast.prepare import (
     quiet_transformers,
     refuse_many_processes,
 )
-from d2o_fast.reference import D2OOutput
-from d2o_fast.sampling import evaluating
+from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
 
 logger = logging.getLogger("d2o_fast")
 
@@ -87,9 +84,10 @@ class D2OTrainer:
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
         self.device = self.model.device
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
+        self.pad = pad_token_id(self.tokenizer)
         self.datasets = {
-            "train": _dataset(train_dataset, "train_dataset"),
-            "eval": _dataset(eval_dataset, "eval_dataset"),
+            "train": _rows(train_dataset, "train_dataset"),
+            "eval": _rows(eval_dataset, "eval_dataset"),
         }
         self.stores: dict[str, AnchorStore] = {}
         self.rows: dict[str, list[Row]] = {}
@@ -132,7 +130,7 @@ class D2OTrainer:
         self.means = PromptMeans(self.device)
         self.bad_step = torch.full((), -1, device=self.device)  # the first step whose loss or gradient is not finite
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = _adamw(self.model, args)
+        self.optimizer = adamw(self.model, args)
         if path is not None:
             load_weights(self.model, path)
             self._load_progress(path)
@@ -164,8 +162,9 @@ class D2OTrainer:
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for start in range(0, len(examples), args.per_device_train_batch_size):
             micro = examples[start : start + args.per_device_train_batch_size]
-            out = self._loss(micro, self.means, num_prompts=len(examples))
+            out, layout = batch_loss(self.decoder, self.head, micro, self.pad, args, num_prompts=len(examples))
             out.loss.backward()
+            self.means.add(out, layout, len(examples))
             finite &= out.loss.detach().isfinite()
         # max_grad_norm = 0 means no clipping; the norm is reported all the same.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm or math.inf)
@@ -173,33 +172,12 @@ class D2OTrainer:
         self.bad_step = torch.where((self.bad_step < 0) & bad, state.global_step, self.bad_step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.loss_path = out.path
         tokens = sum(example.num_tokens() for example in examples)
         state.global_step += 1
         state.num_tokens += tokens
         state.epoch = self._epoch(state.global_step)
         return grad_norm, lr, tokens
-
-    def _loss(self, examples: Sequence[Example], means: PromptMeans, num_prompts: int) -> D2OOutput:
-        batch = pack(examples, pad_token_id(self.tokenizer)).to(self.device)
-        with autocast(self.args, self.device):
-            hidden = response_hidden(self.decoder, batch)
-        out = fused_d2o_loss(
-            hidden,
-            self.head.weight,
-            batch.targets,
-            batch.layout,
-            batch.ref_logps,
-            alpha=self.args.alpha,
-            beta=self.args.beta,
-            anchor_weight=self.args.anchor_weight,
-            num_prompts=num_prompts,
-            **self.head.options(),
-        )
-        means.add(out, batch.layout, num_prompts)
-        if self.loss_path is None:
-            self.loss_path = out.path
-            logger.info("loss path: %s, %s on %s", out.path, hidden.dtype, self.device)
-        return out
 
     def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
         args, step, last = self.args, self.state.global_step, self.state.global_step == self.num_steps
@@ -291,16 +269,7 @@ class D2OTrainer:
         self._prepare("eval")
         if not self.examples["eval"]:
             raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
-        means, size = PromptMeans(self.device), self.args.per_device_eval_batch_size
-        with torch.no_grad(), evaluating(self.model):
-            for start in range(0, len(self.examples["eval"]), size):
-                examples = self.examples["eval"][start : start + size]
-                self._loss(examples, means, num_prompts=len(examples))
-        metrics = means.read()
-        if self.args.judge:
-            judge = load_judge(self.args.judge)
-            metrics |= judge_model(self.model, self.tokenizer, self.rows["eval"], judge, self.args)[0]
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        return evaluate_model(self.model, self.tokenizer, self.examples["eval"], self.rows["eval"], self.args)[0]
 
     def _evaluate_and_log(self) -> None:
         self._report("evaluate", {**self.evaluate(), "epoch": self.state.epoch})
@@ -355,36 +324,6 @@ class D2OTrainer:
         extra = ckpt.load_tensors(path, self.optimizer)
         self.means.sums.copy_(extra["sums"])
         self.means.num_prompts = extra["num_prompts"]
-
-
-def schedule(step: int, num_steps: int, kind: str, warmup_ratio: float) -> float:
-    """Factor on the learning rate at ``step`` (from 0), as transformers' schedulers of the same names have it."""
-    warmup = math.ceil(warmup_ratio * num_steps)
-    if step < warmup:
-        return step / max(1, warmup)
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    if kind == "linear":
-        return max(0.0, 1.0 - progress)
-    if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    return 1.0
-
-
-def _adamw(model: torch.nn.Module, args: D2OConfig) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; weight decay on matrices alone, not on norms and biases."""
-    named = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    device = next(model.parameters()).device.type
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=device in ("cpu", "cuda"),
-    )
 
 
 def _rows(data: Any, name: str) -> AnchorStore | list[Row] | None:
