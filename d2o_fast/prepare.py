@@ -167,6 +167,23 @@ def load_weights(model: Any, folder: Path) -> None:
         raise D2OError(f"{folder}: its weights do not fit {type(base_of(model)).__name__}: {error}") from error
 
 
+def trained_model(config: D2OConfig, folder: str) -> Any:
+    """The model that ``D2OTrainer`` wrote into ``folder``; an adapter is put on the initial model.
+
+    Raises:
+        D2OError: there is none.
+    """
+    if not Path(folder, "adapter_config.json").exists():
+        if Path(folder).is_dir() and not Path(folder, "config.json").exists():
+            raise D2OError(f"'{folder}' holds no trained model; run `d2o train` first, or name it with --eval_model")
+        return initial_model(config, folder)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise D2OError(f"the adapter in '{folder}' needs peft ({error}); pip install 'd2o-fast[lora]'") from error
+    return PeftModel.from_pretrained(initial_model(config, config.model_name_or_path), folder)
+
+
 def anchors_folder(config: D2OConfig, name: str) -> Path:
     """Where the store of ``name`` ("train" or "eval") lies."""
     return Path(config.anchors_dir or Path(config.output_dir) / "anchors") / name

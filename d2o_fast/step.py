@@ -62,7 +62,7 @@ def evaluate_model(
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             means.add(*batch_loss(decoder, head, part, pad, config, len(part)), len(part))
-    metrics, samples = means.read(), []
+    metrics, samples = means.read(), list[dict[str, Any]]()
     if config.judge:
         judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)
         metrics |= judged

@@ -1,0 +1,151 @@
+"""``d2o doctor``: what this machine has, which paths will run here, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from d2o_fast.errors import D2OError
+from d2o_fast.ops import choose_path
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the examination as a table, or with ``--json`` as one JSON object; 0 whatever it found."""
+    arguments = list(argv or [])
+    if {"-h", "--help"} & set(arguments):
+        print("usage: d2o doctor [--json]\n\nWhat this machine has, which paths will run, and why not the others.")
+        return 0
+    if arguments not in ([], ["--json"]):
+        raise D2OError(f"d2o doctor takes --json and nothing else, found {' '.join(arguments)}")
+    report = examine()
+    print(json.dumps(report, indent=1) if arguments else _table(report))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """``software``: versions, None if missing; ``devices``; ``paths``: what runs for each job, and why not the rest."""
+    return {
+        "software": {"d2o-fast": _version("d2o-fast"), "python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "paths": {
+            "loss": _loss(),
+            "sampler": {"runs": "generate", "not": {"continuous batching": "only where it is asked for by name"}},
+            "attention": _attention(),
+            "liger-kernel": _liger(),
+            "LoRA": _lora(),
+            "processes": _processes(),
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": cores, "GiB": _host_memory()}
+    ]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = round(properties.total_memory / 2**30, 1)
+        bf16 = torch.cuda.is_bf16_supported()
+        devices.append(
+            {"device": f"cuda:{i}", "name": properties.name, "capability": capability, "bf16": bf16, "GiB": memory}
+        )
+    return devices
+
+
+def _host_memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # not on this platform
+        return None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _loss() -> dict[str, Any]:
+    probe = torch.empty(0, device=_device())
+    others = {}
+    try:
+        runs = choose_path("auto", probe).name
+    except (ImportError, ValueError) as error:  # on a GPU without Triton nothing runs unless torch is asked for
+        return {"runs": "none", "not": {"triton": str(error), "torch": "only where it is asked for by name"}}
+    if runs == "torch":
+        try:
+            choose_path("triton", probe)
+            others["triton"] = "this is Triton's interpreter (TRITON_INTERPRET=1), for tests only"
+        except (ImportError, ValueError) as error:
+            others["triton"] = str(error)
+    else:
+        others["torch"] = "triton is faster here"
+    return {"runs": f"{runs} on {probe.device}", "not": others}
+
+
+def _attention() -> dict[str, Any]:
+    if _device().type != "cuda":
+        reason = "needs a CUDA device"
+    elif _version("flash-attn") is None:
+        reason = "flash-attn is not installed (pip install 'd2o-fast[gpu]')"
+    elif importlib.util.find_spec("flash_attn") is None:
+        reason = "flash-attn is installed but cannot be imported"
+    else:
+        return {"runs": "sdpa; flash_attention_2 with attn_implementation", "not": {}}
+    return {"runs": "sdpa (or what the model chooses)", "not": {"flash_attention_2": reason}}
+
+
+def _liger() -> dict[str, Any]:
+    if _device().type != "cuda":
+        return {"runs": "no", "not": {"use_liger_kernel": "needs a CUDA device"}}
+    if _version("liger-kernel") is None:
+        reason = "liger-kernel is not installed (pip install 'd2o-fast[gpu]')"
+        return {"runs": "no", "not": {"use_liger_kernel": reason}}
+    return {"runs": "with use_liger_kernel", "not": {}}
+
+
+def _lora() -> dict[str, Any]:
+    if _version("peft") is None:
+        return {"runs": "no", "not": {"use_peft": "peft is not installed (pip install 'd2o-fast[lora]')"}}
+    return {"runs": "with use_peft", "not": {"LoRA on the head": "the fused loss reads the head's weight directly"}}
+
+
+def _processes() -> dict[str, Any]:
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    others = {"more than one process or device": "not built yet; training in several would be refused"}
+    return {"runs": "one process, one device" if world_size == 1 else "none (WORLD_SIZE > 1)", "not": others}
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"  {name:<14}{found or 'not installed'}" for name, found in report["software"].items()]
+    lines = ["Software", *lines, "", "Devices"]
+    for device in report["devices"]:
+        details = ", ".join(f"{name} {value}" for name, value in device.items() if name not in ("device", "name"))
+        lines.append(f"  {device['device']:<14}{device['name']} ({details})")
+    lines += ["", "Paths"]
+    for job, path in report["paths"].items():
+        lines.append(f"  {job:<14}{path['runs']}")
+        lines += [f"  {'':<14}not {name}: {reason}" for name, reason in path["not"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
