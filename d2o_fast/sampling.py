@@ -147,10 +147,14 @@ def _generate_continuous(
     # model.generate_batch would do, but for three things: it sizes its cache by the memory that is free and adds
     # requests while it runs already, so that batches, and with them the draws, differ from run to run; and it returns
     # what it has when its thread dies. Hence a cache that holds every request, all of them queued before the start.
-    page = 64
+    page = (
+        256 if model.device.type == "cuda" else 32
+    )  # FlashAttention reads pages of 256 tokens; masks are smaller here
+    page_size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before 5.18
     longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
     pages = len(prompts) * num * (-(-longest // page) + 1)
-    sizes = ContinuousBatchingConfig(seed=seed, page_size=page, num_blocks=pages, max_batch_tokens=max(2048, longest))
+    options: dict[str, Any] = {page_size: page, "num_blocks": pages, "max_batch_tokens": max(1024, longest)}
+    sizes = ContinuousBatchingConfig(seed=seed, **options)
     manager = model.init_continuous_batching(settings, sizes)
     responses: dict[str, list[int]] = {}
     try:

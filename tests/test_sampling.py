@@ -1,0 +1,246 @@
+"""Every engine draws from softmax(logits) and from nothing else, whatever the model's generation_config says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_model
+from transformers import GenerationConfig
+
+from d2o_fast.errors import D2OError
+from d2o_fast.sampling import sample_responses
+
+ENGINES = ("generate", "continuous")
+EOS, PAD = 2, 0
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+
+
+def peaked_model(**config) -> torch.nn.Module:
+    """Next-token probabilities from 0.5 to 1e-6, so that any truncation or temperature shows."""
+    model = tiny_model(**config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(25)
+    return model
+
+
+def hostile() -> GenerationConfig:
+    """Everything a checkpoint might carry that changes what generate draws."""
+    return GenerationConfig(
+        do_sample=True,
+        top_k=5,
+        temperature=0.3,
+        top_p=0.5,
+        min_p=0.2,
+        repetition_penalty=2.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(20, 120)),
+        begin_suppress_tokens=[EOS],
+        bad_words_ids=[[15]],
+        min_new_tokens=3,
+        max_new_tokens=4,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def draw(model, prompts=PROMPTS, num=4, **options):
+    defaults = {"max_new_tokens": 6, "eos_token_ids": [EOS], "pad_token_id": PAD, "seed": 0}
+    return sample_responses(model, prompts, num, **{**defaults, **options})
+
+
+def next_token(model, ids, temperature=1.0) -> torch.Tensor:
+    with torch.no_grad():
+        return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
+
+
+def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Standard deviations by which Pearson's statistic exceeds its mean; outcomes expected less than 5 times pooled."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    degrees = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected.clamp_min(1e-9)).sum()
+    return float((statistic - degrees) / (2 * degrees) ** 0.5)
+
+
+def excess(model, prompt, responses, temperature=1.0) -> tuple[float, float]:
+    """chi_square_excess of the first tokens, and of the second ones after the likeliest first."""
+    probabilities = next_token(model, prompt, temperature)
+    first = torch.tensor([response[0] for response in responses])
+    counts = torch.bincount(first, minlength=VOCAB_SIZE).double()
+    likeliest = int(probabilities.where(torch.arange(VOCAB_SIZE) != EOS, 0.0).argmax())
+    second = torch.tensor([response[1] for response in responses if response[0] == likeliest])
+    second_counts = torch.bincount(second, minlength=VOCAB_SIZE).double()
+    assert second_counts.sum() > 100
+    return (
+        chi_square_excess(counts, probabilities),
+        chi_square_excess(second_counts, next_token(model, [*prompt, likeliest], temperature)),
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frequencies_are_the_softmax(engine):
+    model = peaked_model()
+    model.generation_config = hostile()
+    responses = draw(model, num=1500, max_new_tokens=2, engine=engine)
+    for prompt, of_prompt in zip(PROMPTS, responses, strict=True):
+        first, second = excess(model, prompt, of_prompt)
+        assert abs(first) < 4, f"first tokens of {prompt}: {first}"
+        assert abs(second) < 4, f"second tokens of {prompt}: {second}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_temperature_and_top_p(engine):
+    model = peaked_model()
+    prompt = PROMPTS[0]
+    (responses,) = draw(model, [prompt], num=1500, max_new_tokens=2, temperature=1.5, engine=engine)
+    assert max(map(abs, excess(model, prompt, responses, 1.5))) < 4
+    assert abs(excess(model, prompt, responses, 1.0)[0]) > 4, "the statistic must see a wrong temperature"
+    (responses,) = draw(model, [prompt], num=300, max_new_tokens=1, top_p=0.8, engine=engine)
+    order = next_token(model, prompt).sort(descending=True)
+    nucleus = set(order.indices[: int((order.values.cumsum(0) < 0.8).sum()) + 1].tolist())
+    assert {response[0] for response in responses} <= nucleus
+    assert len(nucleus) < VOCAB_SIZE
+
+
+def test_the_statistic_sees_what_generate_does_by_itself():
+    """Without our settings the hostile configuration leaks into a fresh GenerationConfig: why the module exists."""
+    model = peaked_model()
+    model.generation_config = hostile()
+    model.generation_config.min_new_tokens = None
+    fresh = GenerationConfig(do_sample=True, max_new_tokens=2, num_return_sequences=1500)
+    torch.manual_seed(0)
+    output = model.generate(torch.tensor([PROMPTS[0]]), generation_config=fresh, pad_token_id=PAD)[:, 4:]
+    first = torch.bincount(output[:, 0], minlength=VOCAB_SIZE).double()
+    assert int((first > 0).sum()) <= 5
+    assert chi_square_excess(first, next_token(model, PROMPTS[0])) > 100
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_seed_decides_and_the_global_generator_does_not_move(engine):
+    model = peaked_model()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = draw(model, num=5, engine=engine)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(10)
+    assert draw(model, num=5, engine=engine) == first
+    assert draw(model, num=5, seed=1, engine=engine) != first
+    assert len({tuple(response) for response in first[0]}) > 1, "siblings are drawn independently"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_model_is_left_as_it_was(engine):
+    model = peaked_model()
+    model.train()
+    model.model.layers[0].eval()
+    model.gradient_checkpointing_enable()
+    own = model.generation_config = hostile()
+    training = [module.training for module in model.modules()]
+    attention = model.config._attn_implementation
+    drawn = draw(model, engine=engine)
+    assert [module.training for module in model.modules()] == training
+    assert model.generation_config is own
+    assert model.config._attn_implementation == attention
+    model.gradient_checkpointing_disable()
+    assert draw(model.eval(), engine=engine) == drawn
+
+
+def test_dropout_is_off_while_sampling():
+    assert draw(peaked_model(attention_dropout=0.5).train()) == draw(peaked_model())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_responses_end_with_eos_or_at_their_length(engine):
+    model = tiny_model()
+    stops = [EOS, 17, 40, 41, 42, 43, 44, 45, 46]
+    responses = draw(model, num=40, max_new_tokens=8, eos_token_ids=stops, engine=engine)
+    assert [len(of_prompt) for of_prompt in responses] == [40, 40, 40]
+    lengths = set()
+    for response in (response for of_prompt in responses for response in of_prompt):
+        assert not set(response[:-1]) & set(stops)
+        assert len(response) == 8 or response[-1] in stops
+        assert len(response) >= 1
+        lengths.add(len(response))
+    assert len(lengths) > 3
+
+
+def test_padding_is_a_token_like_any_other():
+    """Where the pad token is EOS, or is drawn as a token of its own, nothing is cut that was drawn."""
+    model = tiny_model()
+    with torch.no_grad():  # PAD becomes the likeliest token
+        model.lm_head.weight[PAD] = model.lm_head.weight[EOS] + 1e-3
+    responses = draw(model, num=200, max_new_tokens=8)
+    drawn = [response for of_prompt in responses for response in of_prompt]
+    assert any(PAD in response[:-1] for response in drawn)
+    as_eos = draw(model, num=200, max_new_tokens=8, pad_token_id=EOS)
+    assert all(EOS not in response[:-1] for of_prompt in as_eos for response in of_prompt)
+
+
+def test_padding_does_not_change_what_a_prompt_gives():
+    """A short prompt beside a long one gives the distribution that it gives alone."""
+    model = peaked_model()
+    _, short = draw(model, [list(range(20, 60)), [9]], num=1500, max_new_tokens=2)
+    assert max(map(abs, excess(model, [9], short))) < 4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fewer_responses_are_an_error(engine, monkeypatch):
+    model = peaked_model()
+    if engine == "generate":
+        generate = model.generate
+        monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:-1])
+        with pytest.raises(D2OError, match="returned 11 responses instead of 3 x 4"):
+            draw(model, engine=engine)
+        return
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    get_result = ContinuousBatchingManager.get_result
+
+    def loses_one(self, *args, **kwargs):
+        result = get_result(self, *args, **kwargs)
+        if result is not None and result.request_id == "req_1":
+            self.stop(block=True)  # what remains is lost, as when the thread dies
+            return None
+        return result
+
+    monkeypatch.setattr(ContinuousBatchingManager, "get_result", loses_one)
+    with pytest.raises(D2OError, match="of 3 x 4 responses missing"):
+        draw(model, engine=engine)
+
+
+def test_a_response_cut_by_something_else_is_an_error(monkeypatch):
+    model = peaked_model()
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:, :-1])
+    with pytest.raises(D2OError, match="stopped after 5 tokens without an EOS token"):
+        draw(model, num=20)
+
+
+def test_arguments():
+    model = tiny_model()
+    assert draw(model, []) == []
+    for options, message in (
+        ({"engine": "vllm"}, "engine is 'vllm'"),
+        ({"num": 0}, "at least 1"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"prompts": [[1], []]}, "an empty prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(model, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frequencies_are_the_softmax_on_a_gpu(engine):
+    model = peaked_model().cuda()
+    model.generation_config = hostile()
+    before = torch.cuda.get_rng_state()
+    responses = draw(model, num=1500, max_new_tokens=2, engine=engine)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert draw(model, num=1500, max_new_tokens=2, engine=engine) == responses
+    model.cpu()
+    for prompt, of_prompt in zip(PROMPTS, responses, strict=True):
+        assert max(map(abs, excess(model, prompt, of_prompt))) < 4
