@@ -88,7 +88,8 @@ def check_softcap(softcap: float | None) -> float:
 def architecture(device: torch.device) -> str:
     """The row of a tile table that ``device`` reads.
 
-    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` stands for every NVIDIA chip with less than 163 KiB of shared memory in a block: sm_86, sm_89, sm_120.
+    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` stands for every NVIDIA chip
+    whose blocks have less than 163 KiB of shared memory: sm_86, sm_89, sm_120.
     """
     if device.type != "cuda":
         return "interpreter"

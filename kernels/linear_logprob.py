@@ -34,20 +34,37 @@ class Tile(NamedTuple):
     group_n: int = 12
 
 
-# One configuration per architecture and operand size in bytes; tests/test_codegen.py proves them free of spills.
-TILES: dict[tuple[str, int], Tile] = {
-    ("sm_80", 2): Tile(128, 128, 64, 8, 3),
-    ("sm_86", 2): Tile(128, 128, 32, 8, 3),
-    ("sm_90", 2): Tile(128, 256, 64, 8, 3),
-    ("sm_100", 2): Tile(128, 128, 64, 8, 3),
-    ("gfx942", 2): Tile(128, 128, 64, 8, 2),
-    ("sm_80", 4): Tile(64, 64, 32, 8, 3),
-    ("sm_86", 4): Tile(64, 64, 32, 8, 3),
-    ("sm_90", 4): Tile(64, 64, 32, 8, 3),
-    ("sm_100", 4): Tile(64, 64, 32, 8, 3),
-    ("gfx942", 4): Tile(64, 64, 32, 8, 2),
-    ("interpreter", 2): Tile(16, 32, 32, 4, 1, 2),
-    ("interpreter", 4): Tile(16, 32, 32, 4, 1, 2),
+# One configuration per architecture and kind of operands (see tile_kind). No spills: tests/test_codegen.py.
+TILES: dict[tuple[str, str], Tile] = {
+    ("sm_80", "16-bit"): Tile(128, 128, 64, 8, 3),
+    ("sm_80", "16-bit capped"): Tile(128, 128, 64, 8, 3),
+    ("sm_80", "16-bit odd"): Tile(64, 64, 32, 8, 3),
+    ("sm_80", "mixed"): Tile(64, 128, 32, 8, 3),
+    ("sm_80", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_86", "16-bit"): Tile(128, 128, 32, 8, 3),
+    ("sm_86", "16-bit capped"): Tile(128, 128, 32, 8, 3),
+    ("sm_86", "16-bit odd"): Tile(64, 64, 32, 8, 3),
+    ("sm_86", "mixed"): Tile(64, 128, 32, 8, 3),
+    ("sm_86", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_90", "16-bit"): Tile(128, 256, 64, 8, 3),
+    ("sm_90", "16-bit capped"): Tile(128, 128, 64, 8, 3),
+    ("sm_90", "16-bit odd"): Tile(128, 64, 32, 8, 3),
+    ("sm_90", "mixed"): Tile(128, 128, 64, 8, 3),
+    ("sm_90", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_100", "16-bit"): Tile(128, 128, 64, 8, 3),
+    ("sm_100", "16-bit capped"): Tile(128, 128, 64, 8, 3),
+    ("sm_100", "16-bit odd"): Tile(128, 64, 32, 8, 3),
+    ("sm_100", "mixed"): Tile(128, 128, 32, 8, 3),
+    ("sm_100", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("gfx942", "16-bit"): Tile(128, 128, 64, 8, 2),
+    ("gfx942", "16-bit capped"): Tile(128, 128, 64, 8, 2),
+    ("gfx942", "16-bit odd"): Tile(64, 64, 32, 4, 2),
+    ("gfx942", "mixed"): Tile(64, 64, 32, 8, 2),
+    ("gfx942", "fp32"): Tile(64, 64, 32, 8, 2),
+}
+TILES |= {
+    ("interpreter", kind): Tile(16, 32, 32, 4, 1, 2)
+    for kind in ("16-bit", "16-bit capped", "16-bit odd", "mixed", "fp32")
 }
 MAX_SPLITS = 64
 BLOCK_COMBINE = 128
@@ -96,7 +113,7 @@ def linear_logprob_kernel(
     # Rows past the end read the last row instead; their results are not stored.
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     targets = tl.load(targets_ptr + rows)
-    hidden_rows = hidden_ptr + rows[:, None] * stride_hn + offs_h[None, :] * stride_hh
+    hidden_rows = hidden_ptr + rows[:, None] * stride_hn + offs_h[None, :].to(tl.int64) * stride_hh
 
     row_max = tl.full((BLOCK_N,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -108,7 +125,7 @@ def linear_logprob_kernel(
         offs_v = v_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         columns = tl.minimum(offs_v, V - 1).to(tl.int64)
         hidden_ptrs = hidden_rows
-        weight_ptrs = weight_ptr + columns[None, :] * stride_wv + offs_h[:, None] * stride_wh
+        weight_ptrs = weight_ptr + columns[None, :] * stride_wv + offs_h[:, None].to(tl.int64) * stride_wh
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for h in range(0, H, BLOCK_H):
             if EVEN_H:
@@ -194,6 +211,23 @@ def choose_splits(num_n_tiles: int, num_v_tiles: int, processors: int) -> tuple[
     return triton.cdiv(num_v_tiles, tiles), tiles
 
 
+def tile_kind(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> str:
+    """Which column of TILES serves these operands.
+
+    ``fp32``: fp32 hidden states. ``16-bit``: both operands; ``16-bit capped``: with a softcap, whose tanh needs
+    registers. ``mixed``: 16-bit hidden states and an fp32 weight, rounded tile by tile. ``16-bit odd``: 16-bit hidden
+    states where rows cannot be read 16 bytes at a time: elements pass through registers one by one, which leaves room
+    for a small tile only.
+    """
+    if hidden.element_size() == 4:
+        return "fp32"
+    if not all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight)):
+        return "16-bit odd"
+    if weight.element_size() == 4:
+        return "mixed"
+    return "16-bit capped" if softcap > 0 else "16-bit"
+
+
 def linear_logprob_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -225,7 +259,7 @@ def linear_logprob_forward(
     if N == 0:
         return logps, lse
     targets = targets.contiguous()
-    tile = TILES[architecture(hidden.device), max(hidden.element_size(), weight.element_size())]
+    tile = TILES[architecture(hidden.device), tile_kind(hidden, weight, softcap_value)]
     num_n_tiles = triton.cdiv(N, tile.block_n)
     num_splits, tiles_per_split = choose_splits(
         num_n_tiles, triton.cdiv(V, tile.block_v), num_processors(hidden.device)
