@@ -10,16 +10,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from d2o_fast.demo import baselines, world
 
-PAD, EOS = "<pad>", "</s>"
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the language."""
-    vocabulary = {word: i for i, word in enumerate([PAD, EOS, *world.vocabulary()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    """One token per word of the language, and ``<unk>`` for every other word."""
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *world.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
     )
 
 

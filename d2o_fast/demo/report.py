@@ -127,7 +127,7 @@ def _tiles(before: Shares, after: Shares) -> str:
 
 def _table(results: DemoResults) -> str:
     head = "".join(f'<th class="num">{label}</th>' for label in LABELS)
-    rows = _table_row("before", "", results.before, "<td></td>" * 3)
+    rows = _table_row("before", "where all start", results.before, "<td></td>" * 3)
     for i, method in enumerate(results.methods):
         step, best = method.best_moment()
         more = (

@@ -141,7 +141,7 @@ class World:
     test: list[tuple[str, str]]
 
 
-def make_world(seed: int, train: int = 240, validation: int = 60) -> World:
+def make_world(seed: int, train: int = 240, validation: int = 60, test: int = 100) -> World:
     """A seeded split of the 400 prompts in which every word of the held-out prompts occurs in the training prompts."""
     rng = random.Random(seed)
     pairs = [(verb, noun) for verb in TOOLS for noun in PARTS]
@@ -149,7 +149,8 @@ def make_world(seed: int, train: int = 240, validation: int = 60) -> World:
         rng.shuffle(pairs)
         verbs, nouns = {verb for verb, _ in pairs[:train]}, {noun for _, noun in pairs[:train]}
         if len(verbs) == len(TOOLS) and len(nouns) == len(PARTS):
-            return World(pairs[:train], pairs[train : train + validation], pairs[train + validation :])
+            held_out = pairs[train:]
+            return World(pairs[:train], held_out[:validation], held_out[validation : validation + test])
 
 
 def pretraining_texts(pairs: list[tuple[str, str]], num: int, rng: random.Random) -> list[tuple[str, str]]:
