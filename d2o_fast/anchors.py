@@ -1,13 +1,8 @@
 """Anchors and reference scores, made once and kept on disk.
 
-A store is a folder:
-
-    manifest.json                  fingerprint, number of rows and of shards; written first
-    shard-00000.parquet ...        ``sampling_batch_size`` rows each, in the order of the data
-    shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
-
-A shard is drawn and scored together, with a seed of its own, and renamed into place once it is on the disk. So a run
-that is killed at any instant and started again makes only what is missing, and ends with the same bits.
+A store is a folder with a manifest and shards of ``sampling_batch_size`` rows (``shards.py``). A shard is drawn and
+scored together, with a seed of its own, and renamed into place once it is on the disk. So a run that is killed at any
+instant and started again makes only what is missing, and ends with the same bits.
 
 K anchors of one prompt; S responses; N response tokens of a batch.
 """
@@ -15,7 +10,6 @@ K anchors of one prompt; S responses; N response tokens of a batch.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -41,33 +34,13 @@ from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id
 from d2o_fast.ops import linear_logprob
 from d2o_fast.reference import sequence_logps
 from d2o_fast.sampling import evaluating, sample_responses
+from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
 
 __all__ = ["AnchorStore", "build_store", "expected_fingerprint", "reference_logps"]
 
 logger = logging.getLogger("d2o_fast")
 
 SCORE_TOKENS = 16384  #: padded tokens that one scoring batch may hold, unless a single prompt has more
-
-_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),  # place in the data, from 0
-        ("source", pa.string()),
-        ("source_row", pa.int64()),  # row of the source, from 1
-        ("chat", pa.bool_()),  # prompt is a JSON list of messages
-        ("sampled", pa.bool_()),  # anchors were drawn here and did not come with the data
-        ("prompt", pa.string()),
-        ("rejected", pa.string()),
-        ("anchors", pa.list_(pa.string())),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("rejected_ids", pa.list_(pa.int32())),
-        ("anchors_ids", pa.list_(pa.list_(pa.int32()))),
-        ("rejected_ref_logp", pa.float32()),  # log ref+, summed over the response, nats
-        ("anchors_ref_logps", pa.list_(pa.float32())),  # log ref- of each anchor
-        ("prompt_tokens", pa.int32()),
-        ("rejected_tokens", pa.int32()),
-        ("anchors_tokens", pa.list_(pa.int32())),
-    ]
-)
 
 
 class AnchorStore:
@@ -87,14 +60,14 @@ class AnchorStore:
             D2OError: no such folder, no manifest, shards that are missing (unless ``require_complete`` is false) or
                 damaged; each is named.
         """
-        manifest = _read_manifest(Path(folder))
-        shards = [_read_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
+        manifest = read_manifest(Path(folder))
+        shards = [read_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
         store = cls(str(folder), manifest, shards)
         if require_complete and not store.complete:
             missing = [i for i, shard in enumerate(shards) if shard is None]
             raise D2OError(
                 f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
-                f"{_shard_name(missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
+                f"{shard_name(missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
             )
         return store
 
@@ -176,12 +149,12 @@ def build_store(
     fingerprint = expected_fingerprint(model, tokenizer, rows, config)
     size = config.sampling_batch_size
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        manifest = _begin(
+    with locked(folder):
+        manifest = begin(
             folder, {"fingerprint": fingerprint, "num_rows": len(rows), "num_shards": -(-len(rows) // size)}
         )
         AnchorStore(str(folder), manifest, []).check(fingerprint)
-        shards = [_read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
+        shards = [read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
         done = sum(shard.num_rows for shard in shards if shard is not None)
         if progress is not None:
             progress(done, len(rows))
@@ -192,7 +165,7 @@ def build_store(
             maker = maker or _ShardMaker(model, tokenizer, config, fingerprint["stop_token_ids"])
             part = slice(i * size, (i + 1) * size)
             table = maker.make(i, rows[part], examples[part])
-            _write_shard(folder, i, table)
+            write_shard(folder, i, table)
             shards[i] = table
             done += table.num_rows
             if progress is not None:
@@ -261,7 +234,7 @@ class _ShardMaker:
                     found = f"its log-probability under the model is {logp}"
                     raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
             records.append(self._record(first + i, row, example, logps))
-        return pa.Table.from_pylist(records, schema=_SCHEMA)
+        return pa.Table.from_pylist(records, schema=SCHEMA)
 
     def _with_anchors(self, shard: int, examples: Sequence[Example]) -> list[Example]:
         config = self.config
@@ -333,95 +306,3 @@ def _refuse_trained_adapter(model: nn.Module) -> None:
                 f"the adapter is not fresh ({name} is not zero), so the model without it is not where training starts. "
                 "Merge it first (merge_and_unload), or make the anchors before training"
             )
-
-
-# --- Files -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise D2OError(f"{folder}: another process is making anchors here; wait for it or stop it") from error
-        yield  # the lock goes with the file, and with the process however it ends
-
-
-def _shard_name(i: int) -> str:
-    return f"shard-{i:05d}.parquet"
-
-
-def _begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the folder, written now if the folder is new."""
-    if (folder / "manifest.json").exists():
-        return _read_manifest(folder)
-    if any(folder.glob("shard-*.parquet")):
-        raise D2OError(f"{folder}: shards without manifest.json; choose another anchors_dir or empty this one")
-    _replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    return manifest
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest)
-    except FileNotFoundError as error:
-        raise D2OError(f"{folder}: no manifest.json; this is not a folder that `d2o sample` made") from error
-    except ValueError as error:
-        raise D2OError(f"{folder}/manifest.json is damaged ({error}); remove the folder and sample again") from error
-    if not complete:
-        raise D2OError(f"{folder}/manifest.json is not a manifest of anchors; remove the folder and sample again")
-    return manifest
-
-
-def _write_shard(folder: Path, i: int, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
-    name = _shard_name(i)
-    _replace_file(folder / f"{name}.sha256", f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode())
-    _replace_file(folder / name, data)  # last: a shard that is there has its digest
-
-
-def _read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | None:
-    """The shard, verified; None if it was not made yet."""
-    path = folder / _shard_name(i)
-    if not path.exists():
-        return None
-    fix = "remove it and its .sha256, and run `d2o sample` again to make it anew"
-    try:
-        expected = (folder / f"{path.name}.sha256").read_text().split()[0]
-    except (OSError, IndexError) as error:
-        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing; {fix}") from error
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {fix}")
-    table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
-    size, k = manifest["fingerprint"]["sampling_batch_size"], manifest["fingerprint"]["num_generations"]
-    rows = list(range(i * size, min((i + 1) * size, manifest["num_rows"])))
-    if table["row"].to_pylist() != rows:
-        raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {fix}")
-    counts = ("anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
-    columns = [table[name].combine_chunks().value_lengths().to_pylist() for name in counts]
-    for row, sampled, *lengths in zip(rows, table["sampled"].to_pylist(), *columns, strict=True):
-        if len(set(lengths)) != 1 or lengths[0] < 1 or (sampled and lengths[0] != k):
-            raise D2OError(f"{path}, row {row}: {lengths[0]} anchors and {lengths[2]} scores instead of {k}; {fix}")
-    return table
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

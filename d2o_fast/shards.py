@@ -1,0 +1,136 @@
+"""The files of an anchor store: a manifest and shards, each of which is there whole or not at all.
+
+manifest.json                  fingerprint, number of rows and of shards; written first
+shard-00000.parquet ...        ``sampling_batch_size`` rows each, in the order of the data
+shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2o_fast.errors import D2OError
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # place in the data, from 0
+        ("source", pa.string()),
+        ("source_row", pa.int64()),  # row of the source, from 1
+        ("chat", pa.bool_()),  # prompt is a JSON list of messages
+        ("sampled", pa.bool_()),  # anchors were drawn here and did not come with the data
+        ("prompt", pa.string()),
+        ("rejected", pa.string()),
+        ("anchors", pa.list_(pa.string())),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("anchors_ids", pa.list_(pa.list_(pa.int32()))),
+        ("rejected_ref_logp", pa.float32()),  # log ref+, summed over the response, nats
+        ("anchors_ref_logps", pa.list_(pa.float32())),  # log ref- of each anchor
+        ("prompt_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("anchors_tokens", pa.list_(pa.int32())),
+    ]
+)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for one process alone; a second one gets a D2OError at once."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise D2OError(f"{folder}: another process is making anchors here; wait for it or stop it") from error
+        yield  # the lock goes with the file, and with the process however it ends
+
+
+def shard_name(i: int) -> str:
+    """The file of shard ``i``."""
+    return f"shard-{i:05d}.parquet"
+
+
+def begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the folder, written now if the folder is new."""
+    if (folder / "manifest.json").exists():
+        return read_manifest(folder)
+    if any(folder.glob("shard-*.parquet")):
+        raise D2OError(f"{folder}: shards without manifest.json; choose another anchors_dir or empty this one")
+    _replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; a D2OError where there is none, or a damaged one."""
+    if not folder.is_dir():
+        raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest)
+    except FileNotFoundError as error:
+        raise D2OError(f"{folder}: no manifest.json; this is not a folder that `d2o sample` made") from error
+    except ValueError as error:
+        raise D2OError(f"{folder}/manifest.json is damaged ({error}); remove the folder and sample again") from error
+    if not complete:
+        raise D2OError(f"{folder}/manifest.json is not a manifest of anchors; remove the folder and sample again")
+    return manifest
+
+
+def write_shard(folder: Path, i: int, table: pa.Table) -> None:
+    """Puts shard ``i`` in place, whole."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    name = shard_name(i)
+    _replace_file(folder / f"{name}.sha256", f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode())
+    _replace_file(folder / name, data)  # last: a shard that is there has its digest
+
+
+def read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | None:
+    """The shard, its digest, rows and counts verified; None if it was not made yet."""
+    path = folder / shard_name(i)
+    if not path.exists():
+        return None
+    fix = "remove it and its .sha256, and run `d2o sample` again to make it anew"
+    try:
+        expected = (folder / f"{path.name}.sha256").read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing; {fix}") from error
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {fix}")
+    table = pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+    size, k = manifest["fingerprint"]["sampling_batch_size"], manifest["fingerprint"]["num_generations"]
+    rows = list(range(i * size, min((i + 1) * size, manifest["num_rows"])))
+    if table["row"].to_pylist() != rows:
+        raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {fix}")
+    counts = ("anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
+    columns = [table[name].combine_chunks().value_lengths().to_pylist() for name in counts]
+    for row, sampled, *lengths in zip(rows, table["sampled"].to_pylist(), *columns, strict=True):
+        if len(set(lengths)) != 1 or lengths[0] < 1 or (sampled and lengths[0] != k):
+            raise D2OError(f"{path}, row {row}: {lengths[0]} anchors and {lengths[2]} scores instead of {k}; {fix}")
+    return table
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
