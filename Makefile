@@ -10,14 +10,16 @@ demo: $(STAMP)
 	$(BIN)/d2o demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# With the peers that install here; those that do not are named as missing.
 bench: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,bench]'
 	$(BIN)/python -m benchmarks
 
 clean:
