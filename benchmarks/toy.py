@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import multiprocessing
+import os
 import platform
 import random
 import statistics
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from d2o_fast.anchors import AnchorStore
 from d2o_fast.cli import main as d2o
@@ -44,7 +47,7 @@ from d2o_fast.metrics import read_log
 from d2o_fast.models import load_model, load_tokenizer
 from d2o_fast.trainer import D2OTrainer
 
-LOOK = 20  #: steps between two looks at the test prompts
+LOOK = 10  #: steps between two looks at the test prompts
 ANCHOR_WEIGHTS = {"d2o": 0.0, "d2o-anchored": 0.005, "d2o-fixed": 0.005}
 NAMES = {
     "d2o": "D2O, the paper's loss",
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         study = Study((args.seeds[0],), (1e-3,), (2, 4), 60, (20, 20), 30, 1, (1e-3, 4))
     started = time.time()
+    os.environ["TQDM_DISABLE"] = "1"  # for the processes below: hundreds of progress bars
     with tempfile.TemporaryDirectory() as folder:
         runs = run_study(study, Path(folder), args.jobs)
     report = {
@@ -110,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_study(study: Study, folder: Path, jobs: int) -> list[dict[str, Any]]:
     """Every method on every seed; one dict per (method, seed), in the order of ``NAMES``."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_process) as pool:
         before = dict(zip(study.seeds, pool.map(prepare, [(s, folder, study) for s in study.seeds]), strict=True))
         for seed, shares in before.items():
             print(f"seed {seed}: before {_percent(shares)}", flush=True)
@@ -246,6 +250,12 @@ def _config(job: Job, learning_rate: float, num_steps: int, watch: bool) -> D2OC
 
 def _rows(folder: Path, split: str) -> list[Row]:
     return read_rows(str(folder / f"{split}.jsonl"))
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    logging.basicConfig(level=logging.WARNING)
+    transformers_logging.disable_progress_bar()
 
 
 def _percent(shares: Shares) -> str:

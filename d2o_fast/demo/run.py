@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, read_rows
@@ -72,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the model is so small that threads would wait for each other, the more so on a busy machine
+    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    transformers_logging.disable_progress_bar()
     try:
         results = run_demo(args.output_dir, args.seed, QUICK if args.quick else FULL)
     finally:
