@@ -101,15 +101,13 @@ class AnchorStore:
         ]
 
     def rows(self) -> list[Row]:
-        """Prompts and responses as text; ``anchors`` is None where they were sampled."""
+        """The rows that the store was made of; ``anchors`` is None where they were sampled."""
         rows = []
         for record in self._records():
-            chat = record["chat"]
-            prompt = json.loads(record["prompt"]) if chat else record["prompt"]
-            texts = [[{"role": "assistant", "content": text}] if chat else text for text in record["anchors"]]
-            rejected = [{"role": "assistant", "content": record["rejected"]}] if chat else record["rejected"]
-            anchors = None if record["sampled"] else texts
-            rows.append(Row(prompt, rejected, anchors, record["source"], record["source_row"]))
+            read = json.loads if record["chat"] else str
+            anchors = None if record["sampled"] else [read(anchor) for anchor in record["anchors"]]
+            place = record["source"], record["source_row"]
+            rows.append(Row(read(record["prompt"]), read(record["rejected"]), anchors, *place))
         return rows
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -258,19 +256,18 @@ class _ShardMaker:
         return filled
 
     def _record(self, index: int, row: Row, example: Example, logps: list[float]) -> dict[str, Any]:
-        chat, sampled = not isinstance(row.prompt, str), row.anchors is None
         if row.anchors is None:
             anchors = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
         else:
-            anchors = [_content(anchor) for anchor in row.anchors]
+            anchors = [_as_text(anchor) for anchor in row.anchors]
         return {
             "row": index,
             "source": row.source,
             "source_row": row.index,
-            "chat": chat,
-            "sampled": sampled,
-            "prompt": json.dumps(row.prompt, ensure_ascii=False) if chat else row.prompt,
-            "rejected": _content(row.rejected),
+            "chat": not isinstance(row.prompt, str),
+            "sampled": row.anchors is None,
+            "prompt": _as_text(row.prompt),
+            "rejected": _as_text(row.rejected),
             "anchors": anchors,
             "prompt_ids": example.prompt_ids,
             "rejected_ids": example.rejected_ids,
@@ -283,8 +280,8 @@ class _ShardMaker:
         }
 
 
-def _content(response: Any) -> str:
-    return response if isinstance(response, str) else response[0]["content"]
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _shard_seed(sampling_seed: int, shard: int) -> int:

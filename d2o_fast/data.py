@@ -231,8 +231,7 @@ def _prompt(record: dict[str, Any], source: str, index: int) -> Text:
     if not isinstance(value, str):
         fix = "Give a string or a list of messages with role and content"
         raise DataError(source, index, "prompt", f"found {_kind(value)} where a text belongs", fix)
-    if not value.strip():
-        raise DataError(source, index, "prompt", "the prompt is empty", "Fill it in or remove the row")
+    _require_text(value, "prompt", "prompt", source, index)
     return value
 
 
@@ -245,8 +244,7 @@ def _checked_response(value: Any, field: str, prompt: Text, source: str, index: 
         if not isinstance(value, str):
             fix = "The prompt is a string, so its responses must be strings too"
             raise DataError(source, index, field, f"found {_kind(value)} where a string belongs", fix)
-        if not value.strip():
-            raise DataError(source, index, field, "the response is empty", "Fill it in or remove the row")
+        _require_text(value, field, "response", source, index)
         return value
     if not isinstance(value, list):
         fix = 'The prompt is a list of messages, so give [{"role": "assistant", "content": ...}]'
@@ -256,9 +254,24 @@ def _checked_response(value: Any, field: str, prompt: Text, source: str, index: 
     if roles != ["assistant"]:
         fix = "Give exactly one message of the assistant; what came before it belongs to the prompt"
         raise DataError(source, index, field, f"found messages of {', '.join(roles)}", fix)
-    if not messages[0]["content"].strip():
-        raise DataError(source, index, field, "the response is empty", "Fill it in or remove the row")
+    _require_text(messages[0]["content"], field, "response", source, index)
     return messages
+
+
+def _require_text(text: str, field: str, what: str, source: str, index: int) -> None:
+    if not text.strip():
+        raise DataError(source, index, field, f"the {what} is empty", "Fill it in or remove the row")
+    _require_unicode(text, field, source, index)
+
+
+def _require_unicode(text: str, field: str, source: str, index: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"half a character at position {error.start} (a lone surrogate, {text[error.start]!r})"
+        raise DataError(
+            source, index, field, found, "Repair the text; it was cut inside an emoji or the like"
+        ) from error
 
 
 def _messages(value: list[Any], field: str, source: str, index: int) -> Messages:
@@ -276,6 +289,7 @@ def _messages(value: list[Any], field: str, source: str, index: int) -> Messages
         if not isinstance(message.get("content"), str):
             found = f"content is {_kind(message.get('content'))}"
             raise DataError(source, index, place, found, "Give the content as a string")
+        _require_unicode(message["content"], place, source, index)
         messages.append({name: part for name, part in message.items() if part is not None})
     return messages
 

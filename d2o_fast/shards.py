@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),  # place in the data, from 0
         ("source", pa.string()),
         ("source_row", pa.int64()),  # row of the source, from 1
-        ("chat", pa.bool_()),  # prompt is a JSON list of messages
+        ("chat", pa.bool_()),  # prompt, rejected and given anchors are messages, written as JSON
         ("sampled", pa.bool_()),  # anchors were drawn here and did not come with the data
         ("prompt", pa.string()),
         ("rejected", pa.string()),

@@ -146,6 +146,12 @@ FAULTS = {
     "user's message as response": ({**CHAT, "rejected": USER}, "rejected", "found messages of user. Give exactly one"),
     "whole chat as response": ({**CHAT, "rejected": [*USER, *answer("b")]}, "rejected", "messages of user, assistant"),
     "empty message": ({**CHAT, "rejected": answer(" ")}, "rejected", "the response is empty"),
+    "half a character": ({**GOOD, "rejected": "so \ud83d"}, "rejected", "half a character at position 3"),
+    "half a character in a message": (
+        {**CHAT, "prompt": [{"role": "user", "content": "\ud83d"}]},
+        r"prompt\[0\]",
+        "half",
+    ),
     "not an object": (["a", "b"], None, r"found a list \['a', 'b'\]. Each row must be an object"),
 }
 
