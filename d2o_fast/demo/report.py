@@ -293,6 +293,6 @@ svg text{font-size:10.5px;fill:#667085}.gridline{stroke:#1d2430;stroke-opacity:.
 .legend{margin:0 0 10px;font-size:13px;color:#475467}.legend span{margin-right:16px}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .tag{color:#fff;font-size:12px;border-radius:4px;padding:1px 7px;margin-right:4px}.samples td{vertical-align:top}
-pre{background:#f6f7f9;border-radius:8px;padding:14px;overflow-x:auto;font-size:13.5px;line-height:1.5}
+code{white-space:nowrap}pre{background:#f6f7f9;border-radius:8px;padding:14px;overflow-x:auto;font-size:13.5px;line-height:1.5}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:40px}@media(max-width:700px){.two{grid-template-columns:1fr}}
 """
