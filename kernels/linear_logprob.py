@@ -58,7 +58,7 @@ TILES: dict[tuple[str, str], Tile] = {
     ("sm_100", "fp32"): Tile(64, 64, 32, 8, 3),
     ("gfx942", "16-bit"): Tile(128, 128, 64, 8, 2),
     ("gfx942", "16-bit capped"): Tile(128, 128, 64, 8, 2),
-    ("gfx942", "16-bit odd"): Tile(64, 64, 32, 4, 2),
+    ("gfx942", "16-bit odd"): Tile(64, 64, 32, 8, 1),
     ("gfx942", "mixed"): Tile(64, 64, 32, 8, 2),
     ("gfx942", "fp32"): Tile(64, 64, 32, 8, 2),
 }
