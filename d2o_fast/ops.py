@@ -302,13 +302,18 @@ def _check(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> None:
         raise ValueError(f"softcap is {head.softcap}; it must be positive, or None for no cap")
     if not math.isfinite(head.logit_scale):
         raise ValueError(f"logit_scale is {head.logit_scale}; it must be a finite number")
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = targets.min().item(), targets.max().item()
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"targets range from {low} to {high}; they must lie in [0, {weight.shape[0]}). "
-                "There is no ignored index: leave such tokens out of hidden and targets"
-            )
+    _check_targets(targets, weight.shape[0])
+
+
+def _check_targets(targets: torch.Tensor, V: int) -> None:
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = targets.min().item(), targets.max().item()
+    if low < 0 or high >= V:
+        raise ValueError(
+            f"targets range from {low} to {high}; they must lie in [0, {V}). "
+            "There is no ignored index: leave such tokens out of hidden and targets"
+        )
 
 
 def _check_plain(**tensors: torch.Tensor | None) -> None:
