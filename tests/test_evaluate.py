@@ -9,9 +9,12 @@ import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from
+from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError
 from d2o_fast.evaluate import judge_model, load_judge, prompt_text
+
+
+CUT = {"max_length": 32, "max_completion_length": 28}
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,11 @@ def test_same_seed_same_responses_and_the_model_stays_as_it_was() -> None:
 
 
 def test_batches_do_not_repeat_each_others_draws(model) -> None:
-    same = [{"prompt": f"how to open the lock{'?' * i}", "rejected": "no"} for i in range(2)]
-    _, samples = _judge(model, lambda p, r: "x", records=same, sampling_batch_size=1, judge_num_generations=6)
+    # Two prompts that are one and the same to the model: they differ in what is cut off.
+    records = [{"prompt": f"{word} how to open the lock? how to open the lock?", "rejected": "no"} for word in "ab"]
+    ids = [example.prompt_ids for example in tokenize_rows(rows_from(records), tiny_tokenizer(), D2OConfig(**CUT))]
+    assert ids[0] == ids[1]
+    _, samples = _judge(model, lambda p, r: "x", records=records, sampling_batch_size=1, judge_num_generations=6, **CUT)
     assert [s["response"] for s in samples[:6]] != [s["response"] for s in samples[6:]]
 
 
