@@ -13,7 +13,6 @@ from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError
 from d2o_fast.evaluate import judge_model, load_judge, prompt_text
 
-
 CUT = {"max_length": 32, "max_completion_length": 28}
 
 
