@@ -135,7 +135,9 @@ class D2OTrainer:
             load_weights(self.model, path)
             self._load_progress(path)
         if args.gradient_checkpointing:
-            base_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.model.train()
         rate = TokenRate()
         self.log = MetricLog(args, state.global_step, self.num_steps)

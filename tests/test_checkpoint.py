@@ -1,0 +1,323 @@
+"""A run that is killed, wherever, and continued ends with the bits of the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+
+from d2o_fast import D2OConfig, D2OTrainer
+from d2o_fast import checkpoint as ckpt
+from d2o_fast.data import rows_from
+from d2o_fast.errors import D2OError, FingerprintError
+from d2o_fast.metrics import read_log
+from d2o_fast.prepare import open_store
+
+# Three steps an epoch, the last of them partial; log lines that span checkpoints; dropout in the model.
+SETTINGS: dict[str, Any] = {
+    "num_generations": 2,
+    "max_length": 64,
+    "max_completion_length": 12,
+    "learning_rate": 3e-3,
+    "max_steps": 24,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 3,
+    "eval_steps": 8,
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "cosine",
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the child processes: the number of threads decides the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout, data, held-out data, and settings that read them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(attention_dropout=0.2).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", tiny_rows(10)), ("eval", tiny_rows(14)[10:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        **SETTINGS,
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "train.jsonl"),
+        "eval_dataset_name": str(folder / "eval.jsonl"),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def trainer(inputs: Path, out: Path, **settings: Any) -> D2OTrainer:
+    callbacks = settings.pop("callbacks", None)
+    args = D2OConfig(**{**yaml.safe_load((inputs / "config.yaml").read_text()), "output_dir": str(out), **settings})
+    rows, held_out = (rows_from(read_jsonl(inputs / f"{name}.jsonl"), name) for name in ("train", "eval"))
+    return D2OTrainer(args.model_name_or_path, args, rows, held_out, callbacks=callbacks)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def never_killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("never-killed")
+    trainer(inputs, out).train()
+    return out
+
+
+class Stop(Exception):
+    """Raised by a callback to leave a run on the way."""
+
+
+def stop_at(step: int, event: str = "log") -> Callable[..., None]:
+    def callback(run: D2OTrainer, found: str, metrics: dict[str, float]) -> None:
+        if found == event and run.state.global_step >= step:
+            raise Stop
+
+    return callback
+
+
+def start_and_kill(inputs: Path, out: Path, when: Callable[[], bool], *flags: str) -> None:
+    """``d2o train`` in a process of its own, killed with SIGKILL at the first moment that ``when`` is true."""
+    command = [sys.executable, "-m", "d2o_fast.cli", "train", str(inputs / "config.yaml"), "--output_dir", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(out.parent / "stderr", "w") as log:
+        process = subprocess.Popen([*command, *flags], env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not when():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"not killed in time: {(out.parent / 'stderr').read_text()}")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert [path.name for path in ckpt.checkpoints(found)] == [path.name for path in ckpt.checkpoints(expected)]
+    logs = [read_log(folder / "metrics.jsonl") for folder in (found, expected)]
+    for record in (*logs[0], *logs[1]):
+        record.pop("tokens_per_second", None)
+    assert logs[0] == logs[1]
+    for mine, theirs in zip(ckpt.checkpoints(found), ckpt.checkpoints(expected), strict=True):
+        assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        states = [ckpt.load_state(path) for path in (mine, theirs)]
+        for state in states:
+            state.metrics.pop("tokens_per_second")
+            state.config.pop("output_dir")
+            state.config.pop("resume_from_checkpoint")
+        assert states[0] == states[1]
+        tensors = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (mine, theirs)]
+        assert tensors[0].keys() == tensors[1].keys()
+        for key, values in tensors[0].items():
+            assert all(torch.equal(value, tensors[1][key][name]) for name, value in values.items())
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_twice_and_continued_gives_the_same_bits(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def writing() -> bool:
+        return any(name.startswith(".tmp-checkpoint-") for name in (os.listdir(out) if out.exists() else ()))
+
+    # While a checkpoint is written. Should one be renamed in the very moment of the kill, the next one is tried.
+    for attempt in range(8):
+        start_and_kill(inputs, out, writing, *(("--resume_from_checkpoint", "latest") if attempt else ()))
+        if writing():
+            break
+    else:
+        pytest.fail("no kill fell into the writing of a checkpoint")
+    whole = ckpt.checkpoints(out)
+    for path in whole:
+        assert ckpt.load_state(path).global_step == int(path.name.removeprefix("checkpoint-"))
+
+    # Between two checkpoints, in the middle of an epoch.
+    reached = max((int(path.name.removeprefix("checkpoint-")) for path in whole), default=0) + 5
+    flags = ("--resume_from_checkpoint", "latest") if whole else ()
+    log = out / "metrics.jsonl"
+    start_and_kill(inputs, out, lambda: log.exists() and any(r["step"] >= reached for r in read_log(log)), *flags)
+    assert not (out / "model.safetensors").exists()
+
+    trainer(inputs, out).train(resume_from_checkpoint=True)
+    assert_same_run(out, never_killed)
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_leaving_at_any_log_line_and_continuing(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
+    """Steps 3 to 21, so that the sums since the last line and every place in an epoch are carried over."""
+    out = tmp_path / "run"
+    shutil.copytree(never_killed / "anchors", out / "anchors")
+    for step in (3, 9, 12, 21):
+        resume = "latest" if step > 3 else None
+        with pytest.raises(Stop):
+            trainer(inputs, out, callbacks=[stop_at(step)]).train(resume)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 22, "lo')  # the line that a kill tore
+    trainer(inputs, out, resume_from_checkpoint=str(ckpt.checkpoints(out)[-1])).train()
+    assert_same_run(out, never_killed)
+
+
+def test_resuming_a_finished_run_changes_nothing(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(never_killed, out)
+    trainer(inputs, out).train("latest")
+    assert_same_run(out, never_killed)
+
+
+def test_lora_resumes_to_the_same_bits(inputs: Path, tmp_path: Path) -> None:
+    settings = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "anchors_dir": str(tmp_path / "anchors")}
+    trainer(inputs, tmp_path / "whole", **settings).train()
+    with pytest.raises(Stop):
+        trainer(inputs, tmp_path / "parts", **settings, callbacks=[stop_at(15)]).train()
+    trainer(inputs, tmp_path / "parts", **settings).train("latest")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert first == second
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_save_total_limit_keeps_the_newest(never_killed: Path) -> None:
+    assert [path.name for path in ckpt.checkpoints(never_killed)] == ["checkpoint-22", "checkpoint-24"]
+    names = {path.name for path in (never_killed / "checkpoint-24").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "tokenizer.json"} <= names
+
+
+def test_the_new_checkpoint_stands_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    seen = []
+    remove = shutil.rmtree
+
+    def watching(path: Path, **options: Any) -> None:
+        seen.append((Path(path).name, [found.name for found in ckpt.checkpoints(tmp_path)]))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watching)
+    for step in (2, 4):
+        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(step), lambda folder: None, optimizer, {}, limit=1)
+    assert seen == [(".tmp-checkpoint-2", ["checkpoint-4"])]
+
+
+def test_a_write_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
+    def save_model(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise OSError("disk full")
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(OSError, match="disk full"):
+        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(2), save_model, optimizer, {}, limit=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_are_removed_and_the_users_files_are_not(tmp_path: Path) -> None:
+    for name in (".tmp-checkpoint-4", ".tmp-final", ".tmp-mine", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    assert ckpt.find_checkpoint(tmp_path, None) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-mine", "checkpoint-best"]
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def used(inputs: Path, never_killed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(never_killed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_used_folder_is_not_overwritten(inputs: Path, used: Path) -> None:
+    before = contents(used)
+    with pytest.raises(D2OError, match=r"already holds checkpoint-22, checkpoint-24.*resume_from_checkpoint 'latest'"):
+        trainer(inputs, used).train()
+    for path in ckpt.checkpoints(used):
+        shutil.rmtree(path)
+    with pytest.raises(D2OError, match="already holds a trained model"):
+        trainer(inputs, used).train()
+    assert contents(used).items() <= before.items()
+
+
+def test_settings_that_must_not_change_are_named(inputs: Path, used: Path) -> None:
+    changes = {"seed": 7, "gradient_accumulation_steps": 4, "learning_rate": 1e-4, "logging_steps": 1}
+    with pytest.raises(D2OError) as error:
+        trainer(inputs, used, **changes).train("latest")
+    assert "seed: 42 in the checkpoint, now 7" in str(error.value)
+    assert "gradient_accumulation_steps: 2 in the checkpoint, now 4" in str(error.value)
+    assert "learning_rate" in str(error.value)
+    assert "logging_steps" not in str(error.value)  # decides what is logged, not what is trained
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_references_are_never_rebuilt(inputs: Path, used: Path, name: str) -> None:
+    shutil.rmtree(used / "anchors" / name)
+    with pytest.raises(D2OError, match="no such folder"):
+        trainer(inputs, used).train("latest")
+    assert not (used / "anchors" / name).exists()
+
+
+def test_an_incomplete_store_is_not_completed(inputs: Path, used: Path) -> None:
+    (used / "anchors" / "train" / "shard-00000.parquet").unlink()
+    with pytest.raises(D2OError, match="shards are missing"):
+        trainer(inputs, used).train("latest")
+
+
+def test_references_of_other_anchors_are_refused(inputs: Path, used: Path) -> None:
+    other = {"sampling_seed": 3, "anchors_dir": str(used / "others")}
+    run = trainer(inputs, used, **other)
+    for name, rows in run.datasets.items():
+        assert rows is not None
+        open_store(run.model, run.tokenizer, rows, run.args, name)
+    with pytest.raises(D2OError, match="was trained with other train anchors"):
+        trainer(inputs, used, **other).train("latest")
+
+
+def test_a_trained_model_in_place_of_the_initial_one_is_refused(inputs: Path, used: Path) -> None:
+    with pytest.raises(FingerprintError, match="weights"):
+        trainer(inputs, used, model_name_or_path=str(used)).train("latest")
+
+
+def test_only_the_last_checkpoint_of_this_folder_continues(inputs: Path, used: Path, tmp_path: Path) -> None:
+    with pytest.raises(D2OError, match="also holds checkpoint-24"):
+        trainer(inputs, used).train(str(used / "checkpoint-22"))
+    with pytest.raises(D2OError, match="is not a folder"):
+        trainer(inputs, used).train(str(used / "checkpoint-23"))
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(D2OError, match="is not a checkpoint of output_dir"):
+        trainer(inputs, used).train(str(tmp_path / "checkpoint-9"))
+    with pytest.raises(D2OError, match="holds no checkpoint"):
+        trainer(inputs, tmp_path / "empty").train("latest")
+
+
+def test_a_damaged_state_is_named(inputs: Path, used: Path) -> None:
+    (used / "checkpoint-24" / "trainer_state.json").write_text("{}}")
+    with pytest.raises(D2OError, match="checkpoint-24 is not a checkpoint of d2o-fast"):
+        trainer(inputs, used).train("latest")

@@ -1,0 +1,186 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_tiny, tiny_rows
+from transformers import AutoModelForCausalLM
+
+from d2o_fast import D2OConfig, __version__
+from d2o_fast.anchors import AnchorStore
+from d2o_fast.cli import NAMES, _comments, main, parse
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(12)))
+    (folder / "cli_judge.py").write_text(
+        "def judge(prompt, response):\n    return 'a' if 'a' in response else 'none'\n"
+    )
+    settings = {
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "data.jsonl"),
+        "eval_fraction": 0.3,
+        "output_dir": str(folder / "run"),
+        "num_generations": 2,
+        "max_length": 64,
+        "max_completion_length": 12,
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> tuple[str, str]:
+    assert main(arguments) == status
+    return capsys.readouterr()
+
+
+# --- The whole way ---------------------------------------------------------------------------------------------------
+
+
+def test_sample_train_eval(inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(inputs))
+    settings, out = str(inputs / "config.yaml"), inputs / "run"
+
+    printed, _ = run(capsys, "sample", settings)
+    stores = {name: AnchorStore.open(out / "anchors" / name) for name in ("train", "eval")}
+    counts = {name: len(store.examples()) for name, store in stores.items()}
+    assert sum(counts.values()) == 12
+    for line, (name, count) in zip(printed.splitlines(), counts.items(), strict=True):
+        assert line.startswith(f"{name}: {count} negatives of ")
+        assert f"{2 * count} anchors" in line
+        assert "scored on" in line
+
+    shards = {path: path.stat().st_mtime_ns for path in (out / "anchors").rglob("shard-*")}
+    printed, _ = run(capsys, "train", settings)
+    assert "8 steps: loss 0." in printed
+    assert {path: path.stat().st_mtime_ns for path in (out / "anchors").rglob("shard-*")} == shards
+    AutoModelForCausalLM.from_pretrained(out)
+
+    printed, _ = run(capsys, "eval", settings, "--judge", "cli_judge:judge", "--judge_num_generations=3")
+    report = json.loads((out / "eval.json").read_text())
+    assert report["initial"]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert report["trained"]["eval_loss"] < 0.6
+    assert report["trained"]["eval_rewards/margins"] > 0.2 > abs(report["initial"]["eval_rewards/margins"])
+    assert f"{report['trained']['eval_loss']:.4f}" in printed
+    for model in ("initial", "trained"):
+        shares = [value for name, value in report[model].items() if name.startswith("eval_judge/")]
+        assert sum(shares) == pytest.approx(1.0)
+    assert len(report["samples"]) == 3 * counts["eval"]
+    assert set(report["samples"][0]) == {"prompt", "before", "before_label", "after", "after_label"}
+    for sample in report["samples"]:
+        assert sample["after_label"] == ("a" if "a" in sample["after"] else "none")
+
+    # The initial model as --eval_model: nothing has changed.
+    run(capsys, "eval", settings, "--eval_model", str(inputs / "model"))
+    report = json.loads((out / "eval.json").read_text())
+    assert report["trained"] == report["initial"]
+
+
+def test_train_samples_first_and_lora_is_evaluated(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--output_dir", str(inputs / "lora"), "--use_peft", "true", "--learning_rate", "2e-2")
+    run(capsys, "train", str(inputs / "config.yaml"), *flags)
+    assert (inputs / "lora" / "adapter_model.safetensors").is_file()
+    run(capsys, "eval", str(inputs / "config.yaml"), *flags)
+    report = json.loads((inputs / "lora" / "eval.json").read_text())
+    assert report["trained"]["eval_loss"] < report["initial"]["eval_loss"] - 0.01
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_file(inputs: Path) -> None:
+    parsed = parse("train", [str(inputs / "config.yaml"), "--learning_rate", "1e-5", "--report_to=[tensorboard]"])
+    assert parsed is not None
+    config = parsed[0]
+    assert (config.learning_rate, config.max_steps, config.report_to) == (1e-5, 8, ["tensorboard"])
+
+
+def test_a_file_with_exponents_and_every_setting_is_read(tmp_path: Path) -> None:
+    everything = dataclasses.asdict(D2OConfig(learning_rate=2e-5, report_to=["tensorboard"], lora_target_modules=["q"]))
+    text = yaml.safe_dump(everything).replace("2.0e-05", "2e-5")
+    assert "learning_rate: 2e-5\n" in text
+    (tmp_path / "config.yaml").write_text(text)
+    parsed = parse("train", [str(tmp_path / "config.yaml")])
+    assert parsed is not None
+    assert dataclasses.asdict(parsed[0]) == everything
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--learnin_rate", "1"], "unknown flag --learnin_rate; did you mean '--learning_rate'?"),
+        (["train", "--learning", "1"], "unknown flag --learning"),  # no abbreviations
+        (["train", "FILE"], "unknown setting 'num_generation'; did you mean 'num_generations'?"),
+        (["train", "--config", "FILE"], "unknown setting 'num_generation'; did you mean 'num_generations'?"),
+        (["sample", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
+        (["train", "--max_steps", "some"], "max_steps"),
+        (["train", "--lr_scheduler_type", "step"], "lr_scheduler_type"),
+        (["train", "--temperature", "0"], "temperature is 0.0; it must be a number > 0"),
+        (["train"], "dataset_name is not set"),
+        (["sample", "--dataset_name", "none.jsonl"], "none.jsonl: no such file"),
+        (["eval", "--eval_modl", "x"], "did you mean '--eval_model'?"),
+        (["train", "--eval_model", "x"], "unknown flag --eval_model"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["doctor", "--jso"], "takes --json"),
+    ],
+)
+def test_errors_are_one_line_and_no_traceback(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("num_generation: 3\n")
+    arguments = [str(tmp_path / "config.yaml") if argument == "FILE" else argument for argument in arguments]
+    printed, error = run(capsys, *arguments, status=2)
+    assert printed == ""
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "just words\n"])
+def test_a_file_that_is_no_settings_file_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    _, error = run(capsys, "train", str(tmp_path / "config.yaml"), status=2)
+    assert str(tmp_path / "config.yaml") in error
+
+
+def test_eval_without_a_trained_model_says_so(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--output_dir", str(inputs / "untrained"))
+    _, error = run(capsys, "eval", str(inputs / "config.yaml"), *flags, status=2)
+    assert "holds no trained model" in error
+
+
+# --- Help ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    printed, _ = run(capsys, "train", "--help")
+    flat = " ".join(printed.split())
+    for name in NAMES:
+        assert f"--{name}" in printed
+    for name, comment in _comments().items():
+        assert " ".join(comment.replace("%%", "%").split()) in flat, name
+    assert len(_comments()) >= 25
+
+
+def test_help_and_version_need_no_transformers() -> None:
+    started = time.perf_counter()
+    code = "import sys; from d2o_fast.cli import main; main(['--help']); main(['--version']); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "d2o doctor" in found
+    assert f"d2o-fast {__version__}\n" in found
+    assert "transformers" not in found.splitlines()[-1].split()
+    assert time.perf_counter() - started < 20  # two seconds on an idle machine

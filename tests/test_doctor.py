@@ -1,0 +1,59 @@
+"""The doctor says what is here, what runs, and why the rest does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d2o_fast import doctor
+from d2o_fast.errors import D2OError
+from d2o_fast.ops import choose_path
+
+
+def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["software"]["python"] == platform.python_version()
+    assert report["software"]["torch"] == torch.__version__
+    assert report["devices"][0]["device"] == "cpu"
+    assert len(report["devices"]) == 1 + torch.cuda.device_count()
+    assert set(report["paths"]) == {"loss", "sampler", "attention", "liger-kernel", "LoRA", "processes"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert report["paths"]["loss"]["runs"].startswith(choose_path("auto", torch.empty(0, device=device)).name)
+
+
+def test_the_table_gives_a_reason_for_each_path_that_will_not_run() -> None:
+    """In a process of its own: the tests may run under Triton's interpreter, which a user does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "d2o_fast.cli", "doctor"]
+    table = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    report = doctor.examine()
+    for name, found in report["software"].items():
+        assert f"{name:<14}{found or 'not installed'}" in table
+    if not torch.cuda.is_available():
+        assert "not triton: backend='triton' needs a GPU" in table
+        assert "not flash_attention_2: needs a CUDA device" in table
+
+
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else real(name))
+    report = doctor.examine()
+    assert report["software"]["peft"] is None
+    assert "pip install 'd2o-fast[lora]'" in report["paths"]["LoRA"]["not"]["use_peft"]
+
+
+def test_more_processes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert doctor.examine()["paths"]["processes"]["runs"].startswith("none")
+
+
+def test_other_arguments_are_refused() -> None:
+    with pytest.raises(D2OError, match="takes --json"):
+        doctor.main(["--jsn"])
