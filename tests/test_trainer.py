@@ -185,7 +185,7 @@ def test_bf16_is_what_the_decoder_computes_in(tmp_path: Path, store: AnchorStore
         batch_loss(decoder, head, store.examples(), 0, config(tmp_path, dtype=dtype), 10)[0].logps
         for dtype in ("float32", "bfloat16")
     )
-    assert 0.005 < (exact - rounded).abs().max() < 1.0  # sums over up to 13 tokens of log-probabilities near -5
+    assert 5e-4 < (exact - rounded).abs().max() < 0.1  # fp32 rounding would be 1e-5
 
 
 def test_activation_checkpointing_changes_nothing_with_dropout(tmp_path: Path, store: AnchorStore) -> None:
