@@ -1,0 +1,462 @@
+"""The anchor store: right scores, the same bits after a kill, and a refusal of whatever does not belong to it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+
+from d2o_fast import anchors as anchors_module
+from d2o_fast import shards as shards_module
+from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint, reference_logps
+from d2o_fast.batching import Example
+from d2o_fast.config import D2OConfig
+from d2o_fast.data import rows_from, tokenize_rows
+from d2o_fast.errors import D2OError, DataError, FingerprintError
+from d2o_fast.fingerprint import weights_digest
+from d2o_fast.models import decoder_of
+from d2o_fast.sampling import sample_responses
+
+CONFIG = D2OConfig(
+    max_length=64, max_completion_length=12, num_generations=3, sampling_batch_size=4, temperature=1.0, sampling_seed=5
+)
+CHAT_ROW = {
+    "prompt": [{"role": "user", "content": "how?", "name": "né"}],
+    "rejected": [{"role": "assistant", "content": "go away"}],
+    "anchors": [[{"role": "assistant", "content": "it"}], [{"role": "assistant", "content": "the lock"}]],
+}
+
+
+def build(
+    folder: Any, records: Any = None, model: Any = None, config: D2OConfig = CONFIG, **options: Any
+) -> AnchorStore:
+    chat = options.pop("chat", False)
+    rows = rows_from(tiny_rows(10) if records is None else records, "memory")
+    return build_store(model or tiny_model(chat=chat), tiny_tokenizer(chat), rows, config, folder, **options)
+
+
+def contents(folder: Any) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def naive_logp(model: Any, prompt: list[int], response: list[int]) -> float:
+    """The sum by way of the model's own full logits, one sequence at a time."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+    return sum(float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(response))
+
+
+def examples_with_anchors(n: int) -> list[Example]:
+    rows = rows_from([{**row, "anchors": [" it", " open it"]} for row in tiny_rows(n)])
+    return tokenize_rows(rows, tiny_tokenizer(), CONFIG)
+
+
+# --- What is in it ---
+
+
+def test_scores_are_the_models_own_log_probabilities(tmp_path):
+    records = [*tiny_rows(5), {"prompt": "how", "rejected": " to", "anchors": [" open", " mend the lock"]}]
+    model = tiny_model()
+    store = build(tmp_path / "s", records, model)
+    examples = store.examples()
+    assert [len(example.anchor_ids) for example in examples] == [3, 3, 3, 3, 3, 2]
+    for example in examples:
+        assert len(example.ref_logps) == 1 + len(example.anchor_ids)
+        for response, logp in zip(example.responses(), example.ref_logps, strict=True):
+            assert logp == pytest.approx(naive_logp(model, example.prompt_ids, response), abs=2e-4)
+    given = tokenize_rows(rows_from(records), tiny_tokenizer(), CONFIG)
+    assert [e.rejected_ids for e in examples] == [e.rejected_ids for e in given]
+    assert examples[-1].anchor_ids == given[-1].anchor_ids, "given anchors are scored, not sampled"
+
+
+def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path):
+    """The second shard's anchors are what the sampler gives for its rows with that shard's own seed."""
+    examples = build(tmp_path / "s").examples()
+    drawn = sample_responses(
+        tiny_model(),
+        [example.prompt_ids for example in examples[4:8]],
+        3,
+        max_new_tokens=12,
+        eos_token_ids=[2],
+        pad_token_id=0,
+        seed=anchors_module._shard_seed(5, 1),
+    )
+    assert [example.anchor_ids for example in examples[4:8]] == drawn
+    assert len({anchors_module._shard_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81
+
+
+def test_scores_do_not_depend_on_the_batch(monkeypatch):
+    model = tiny_model()
+    examples = examples_with_anchors(9)
+    decoder = decoder_of(model)
+    together = reference_logps(decoder, model, examples, CONFIG, 0)
+    monkeypatch.setattr(anchors_module, "SCORE_TOKENS", 1)
+    apart = reference_logps(decoder, model, examples, CONFIG, 0)
+    torch.testing.assert_close(torch.tensor(apart), torch.tensor(together), rtol=0, atol=2e-5)
+
+
+def test_scoring_batches_are_bounded(monkeypatch):
+    monkeypatch.setattr(anchors_module, "SCORE_TOKENS", 150)
+    examples = examples_with_anchors(9)
+    batches = list(anchors_module._batches(examples))
+    assert [example for batch in batches for example in batch] == examples
+    for batch in batches:
+        width = max(len(e.prompt_ids) + len(r) for e in batch for r in e.responses())
+        assert width * sum(len(e.responses()) for e in batch) <= 150
+    assert 1 < len(batches) < 9
+
+
+def test_bf16_scores_under_autocast(tmp_path):
+    model, config = tiny_model(), replace(CONFIG, dtype="bfloat16")
+    for example in build(tmp_path / "s", tiny_rows(3), model, config).examples():
+        for response, logp in zip(example.responses(), example.ref_logps, strict=True):
+            exact = naive_logp(model, example.prompt_ids, response)
+            assert logp == pytest.approx(exact, rel=2e-3)
+            assert logp != pytest.approx(exact, abs=1e-5), "this is what fp32 would give"
+
+
+def test_the_store_gives_back_its_rows(tmp_path):
+    records = [CHAT_ROW, {key: CHAT_ROW[key] for key in ("prompt", "rejected")}]
+    rows = rows_from(records, "memory")
+    store = build(tmp_path / "s", records, chat=True)
+    assert store.rows() == rows
+    assert AnchorStore.open(tmp_path / "s").rows() == rows
+    model, tokenizer = tiny_model(chat=True), tiny_tokenizer(True)
+    store.check(expected_fingerprint(model, tokenizer, store.rows(), CONFIG))
+    assert store.examples()[1].anchor_ids != store.examples()[0].anchor_ids
+
+
+def test_datasets_reads_the_shards(tmp_path):
+    store = build(tmp_path / "s")
+    files = str(tmp_path / "s" / "*.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["row"][:] == list(range(10))
+    tokenizer = tiny_tokenizer()
+    for record, example in zip(loaded, store.examples(), strict=True):
+        assert record["anchors_ids"] == example.anchor_ids
+        assert record["anchors"] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
+        assert [record["rejected_ref_logp"], *record["anchors_ref_logps"]] == example.ref_logps
+        assert record["anchors_tokens"] == [len(ids) for ids in example.anchor_ids]
+        assert (record["prompt_tokens"], record["rejected_tokens"]) == (
+            len(example.prompt_ids),
+            len(example.rejected_ids),
+        )
+
+
+def test_progress_and_a_second_call(tmp_path):
+    calls: list[tuple[int, int]] = []
+    first = build(tmp_path / "s", progress=lambda *args: calls.append(args))
+    assert calls == [(0, 10), (4, 10), (8, 10), (10, 10)]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("shard*")}
+    calls.clear()
+    again = build(tmp_path / "s", progress=lambda *args: calls.append(args))
+    assert calls == [(10, 10)]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("shard*")} == before
+    assert again.examples() == first.examples() == AnchorStore.open(tmp_path / "s").examples()
+    assert again.digest == first.digest
+    assert again.complete
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = tiny_model().train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    build(tmp_path / "s", model=model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert contents(tmp_path / "s") == contents(build(tmp_path / "t").folder)
+
+
+# --- LoRA ---
+
+
+def lora(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def test_lora_uses_the_model_without_the_adapter(tmp_path):
+    plain = build(tmp_path / "plain")
+    model = lora(tiny_model())
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert build(tmp_path / "lora", model=model).fingerprint == plain.fingerprint
+    assert contents(tmp_path / "plain") == contents(tmp_path / "lora")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert build(tmp_path / "lora", model=model).complete, "a complete store serves a trained adapter"
+    with pytest.raises(D2OError, match=r"the adapter is not fresh .*merge_and_unload"):
+        build(tmp_path / "new", model=model)
+
+
+# --- Fingerprint ---
+
+
+def differing(tmp_path: Path, **now: Any) -> set[str]:
+    """Names of the fields that a store made with the defaults misses under other conditions; none if it fits."""
+    model, tokenizer, rows = tiny_model(), tiny_tokenizer(), rows_from(tiny_rows(10), "memory")
+    store = AnchorStore.open(tmp_path) if (tmp_path / "manifest.json").exists() else build(tmp_path)
+    expected = expected_fingerprint(
+        now.get("model", model), now.get("tokenizer", tokenizer), now.get("rows", rows), now.get("config", CONFIG)
+    )
+    if store.fingerprint == expected:
+        store.check(expected)
+        return set()
+    with pytest.raises(FingerprintError) as caught:
+        store.check(expected)
+    assert all(name in str(caught.value) for name in caught.value.differences)
+    return set(caught.value.differences)
+
+
+def test_the_fingerprint_names_what_changed(tmp_path):
+    for name, value in (
+        ("max_length", 65),
+        ("max_completion_length", 13),
+        ("truncation_mode", "keep_start"),
+        ("dtype", "bfloat16"),
+        ("num_generations", 4),
+        ("temperature", 0.9),
+        ("top_p", 0.9),
+        ("sampling_seed", 6),
+        ("sampling_batch_size", 5),
+    ):
+        assert differing(tmp_path, config=replace(CONFIG, **{name: value})) == {name}
+    rows = tiny_rows(10)
+    assert differing(tmp_path, rows=rows_from(rows[::-1])) == {"rows"}
+    assert differing(tmp_path, rows=rows_from([*rows[:9], {**rows[9], "rejected": "other"}])) == {"rows"}
+    assert differing(tmp_path, rows=rows_from([*rows[:9], {**rows[9], "anchors": ["a"]}])) == {"rows"}
+    assert differing(tmp_path, model=tiny_model(seed=1)) == {"weights"}
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[0, 0].mul_(1 + 1e-6)
+    assert differing(tmp_path, model=changed) == {"weights"}
+    assert differing(tmp_path, model=tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 9e3})) == {
+        "model_config"
+    }
+    model = tiny_model()
+    model.generation_config.eos_token_id = [2, 9]
+    assert differing(tmp_path, model=model) == {"stop_token_ids"}
+    assert differing(tmp_path, tokenizer=tiny_tokenizer(bos=True)) == {"tokenizer"}
+
+
+def test_nothing_else_is_in_the_fingerprint(tmp_path):
+    config = replace(CONFIG, seed=1, learning_rate=1.0, output_dir="elsewhere", alpha=1.0, beta=2.0, anchor_weight=1.0)
+    config = replace(config, per_device_train_batch_size=1, model_name_or_path="x", attn_implementation="eager")
+    assert differing(tmp_path, config=config) == set()
+    assert differing(tmp_path, rows=rows_from(tiny_rows(10), "another file")) == set()
+    assert differing(tmp_path, model=tiny_model(attention_dropout=0.1).train()) == set()
+    assert differing(tmp_path, model=lora(tiny_model())) == set()
+    tokenizer = tiny_tokenizer()
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+    tokenizer.chat_template = "unused by rows of plain text"
+    assert differing(tmp_path, tokenizer=tokenizer) == set()
+
+
+def test_a_template_counts_where_there_are_chats():
+    rows, model = rows_from([CHAT_ROW]), tiny_model(chat=True)
+    tokenizer, other = tiny_tokenizer(True), tiny_tokenizer(True)
+    other.chat_template += " "
+    first, second = (expected_fingerprint(model, t, rows, CONFIG) for t in (tokenizer, other))
+    assert {name for name in first if first[name] != second[name]} == {"chat_template"}
+
+
+def test_weights_by_content_and_not_by_path(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model()
+    loaded = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "a"))
+    rows, tokenizer = rows_from(tiny_rows(2)), tiny_tokenizer()
+    fingerprints = [expected_fingerprint(m, tokenizer, rows, CONFIG) for m in (model, loaded)]
+    assert fingerprints[0] == fingerprints[1]
+    with_head = get_peft_model(loaded, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]))
+    assert weights_digest(with_head) == weights_digest(model)
+    assert weights_digest(copy.deepcopy(model).bfloat16()) != weights_digest(model)
+
+
+def test_building_into_a_folder_of_other_conditions(tmp_path):
+    build(tmp_path / "s")
+    before = contents(tmp_path / "s")
+    with pytest.raises(FingerprintError, match=r"sampling_seed: stored 5, now 6.*\n.*another anchors_dir"):
+        build(tmp_path / "s", config=replace(CONFIG, sampling_seed=6))
+    assert contents(tmp_path / "s") == before
+
+
+# --- Damage ---
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(D2OError, match="no such folder; make the anchors with `d2o sample`"):
+        AnchorStore.open(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(D2OError, match=r"no manifest\.json"):
+        AnchorStore.open(tmp_path / "empty")
+    build(tmp_path / "s")
+    (tmp_path / "s" / "shard-00001.parquet").unlink()
+    with pytest.raises(D2OError, match=r"1 of 3 shards are missing, the first is shard-00001\.parquet.*d2o sample"):
+        AnchorStore.open(tmp_path / "s")
+    store = AnchorStore.open(tmp_path / "s", require_complete=False)
+    assert not store.complete
+    with pytest.raises(D2OError, match="incomplete"):
+        store.examples()
+    assert build(tmp_path / "s").complete
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(D2OError, match=r"shards without manifest\.json"):
+        build(tmp_path / "s")
+    with pytest.raises(DataError, match="no rows"):
+        build_store(tiny_model(), tiny_tokenizer(), [], CONFIG, tmp_path / "new")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    build(tmp_path / "s")
+    shard = tmp_path / "s" / "shard-00002.parquet"
+    good = shard.read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 3] ^= 1
+    for data in (bytes(bad), good[:-7], b""):
+        shard.write_bytes(data)
+        for look in (lambda: AnchorStore.open(tmp_path / "s"), lambda: build(tmp_path / "s")):
+            with pytest.raises(D2OError, match=r"shard-00002\.parquet is damaged .*remove it"):
+                look()
+    shard.write_bytes(good)
+    digest = tmp_path / "s" / "shard-00002.parquet.sha256"
+    digest.unlink()
+    with pytest.raises(D2OError, match=r"shard-00002\.parquet: its digest .* is missing"):
+        AnchorStore.open(tmp_path / "s")
+    for other in ("shard-00001.parquet", "shard-00001.parquet.sha256"):
+        shutil.copy(tmp_path / "s" / other, tmp_path / "s" / other.replace("1", "2"))
+    with pytest.raises(D2OError, match=r"shard-00002\.parquet does not hold the rows 8 to 9"):
+        AnchorStore.open(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text('{"fingerprint": {')
+    with pytest.raises(D2OError, match=r"manifest\.json is damaged"):
+        AnchorStore.open(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text("{}")
+    with pytest.raises(D2OError, match="not a manifest of anchors"):
+        AnchorStore.open(tmp_path / "s")
+
+
+def test_fewer_anchors_than_k_are_not_read(tmp_path):
+    build(tmp_path / "s")
+    manifest = shards_module.read_manifest(tmp_path / "s")
+    table = pq.read_table(tmp_path / "s" / "shard-00001.parquet", schema=shards_module.SCHEMA).to_pylist()
+    names = ("anchors", "anchors_ids", "anchors_ref_logps", "anchors_tokens")
+    for cut, message in ((names, "row 6: 2 anchors and 2 scores instead of 3"), (names[2:3], "3 anchors and 2 scores")):
+        records = copy.deepcopy(table)
+        for name in cut:
+            records[2][name] = records[2][name][:2]
+        shards_module.write_shard(tmp_path / "s", 1, shards_module.pa.Table.from_pylist(records, shards_module.SCHEMA))
+        with pytest.raises(D2OError, match=message):
+            shards_module.read_shard(tmp_path / "s", 1, manifest)
+
+
+def test_faults_in_the_data_come_before_the_first_sample(tmp_path):
+    records = [*tiny_rows(5), {"prompt": "x" * 500, "rejected": "y"}]
+    with pytest.raises(DataError, match=r"memory, row 6, field 'prompt': .* more than max_length"):
+        build(tmp_path / "s", records)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_score_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(anchors_module, "reference_logps", lambda *a: [[-1.0] * 4, [-1.0, -1.0, math.nan, -1.0]])
+    with pytest.raises(DataError, match=r"memory, row 2, field 'anchors\[1\]': its log-probability .* is nan"):
+        build(tmp_path / "s", tiny_rows(2))
+    assert not list((tmp_path / "s").glob("shard*"))
+
+
+# --- Kill -9 ---
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["d2o_fast.anchors", "datasets", "peft", "transformers.models.llama.modeling_llama"])
+
+
+def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, counter: Any) -> None:
+    """Builds the store in a process of its own, which kills itself at the ``die_at``-th step on a file (0: never).
+
+    ``tear`` cuts the file that is being written to half its length first, as a loss of power would.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+
+    def step() -> None:
+        counter.value += 1
+        if counter.value == die_at:
+            for torn in Path(folder).glob("*.tmp") if tear else ():
+                os.truncate(torn, torn.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def stepping(function: Any) -> Any:
+        def before(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return function(*args, **kwargs)
+
+        return before
+
+    os.replace, os.fsync = stepping(os.replace), stepping(os.fsync)
+    anchors_module.sample_responses = stepping(sample_responses)
+    anchors_module.reference_logps = stepping(reference_logps)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    build_store(model, tokenizer, rows_from(tiny_rows(6), "memory"), CONFIG, folder)
+
+
+def _run(model_folder: str, folder: Path, die_at: int = 0, tear: bool = False) -> tuple[int, int]:
+    """(exit code, steps taken) of one process."""
+    counter = FORK.Value("i", 0)
+    process = FORK.Process(target=_build_and_die, args=(model_folder, str(folder), die_at, tear, counter))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode, counter.value
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
+    model_folder = save_tiny(tmp_path / "model")
+    code, steps = _run(model_folder, tmp_path / "whole")
+    assert code == 0
+    expected = contents(tmp_path / "whole")
+    assert {"manifest.json", "shard-00000.parquet", "shard-00001.parquet.sha256"} <= set(expected)
+    assert contents(build(tmp_path / "here", tiny_rows(6)).folder) == expected, "the same bits in any process"
+    # Manifest, then two shards of: sample, score, digest and shard, each of which is synced, renamed, folder synced.
+    assert steps == 3 + 2 * (2 + 2 * 3)
+    for die_at in range(1, steps + 1):
+        folder = tmp_path / f"killed-{die_at}"
+        code, _ = _run(model_folder, folder, die_at, tear=die_at % 2 == 0)
+        assert code == -signal.SIGKILL
+        if die_at % 4 == 0:  # a second kill, on the way of the second run
+            _run(model_folder, folder, die_at=3)
+        build(folder, tiny_rows(6))
+        assert contents(folder) == expected, f"killed at step {die_at}"
+
+
+def test_a_second_process_is_refused(tmp_path):
+    """While one process is at work; and not any more once it has died."""
+    model_folder = save_tiny(tmp_path / "model")
+    folder = tmp_path / "s"
+    folder.mkdir()
+    with shards_module.locked(folder):
+        with pytest.raises(D2OError, match="another process is making anchors here"):
+            build(folder)
+        code, steps = _run(model_folder, folder)
+        assert (code, steps) == (1, 0)
+    assert build(folder).complete
+
+
+def test_the_manifest_is_readable(tmp_path):
+    build(tmp_path / "s")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["num_rows"] == 10
+    assert manifest["num_shards"] == 3
+    assert manifest["fingerprint"]["num_generations"] == 3
