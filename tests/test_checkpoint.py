@@ -111,6 +111,7 @@ def start_and_kill(inputs: Path, out: Path, when: Callable[[], bool], *flags: st
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 pytest.fail(f"not killed in time: {(out.parent / 'stderr').read_text()}")
+            time.sleep(0.0005)  # a checkpoint takes some milliseconds to write
         process.send_signal(signal.SIGKILL)
         process.wait()
 
