@@ -117,7 +117,10 @@ class MetricLog:
 
 
 class TokenRate:
-    """Tokens per second since the last ``read``; evaluations and checkpoints between ``pause`` and ``go`` left out."""
+    """Tokens per second since the last ``read``, without the time between ``pause`` and ``go``.
+
+    The device must have finished its work before ``read`` and ``pause``: a step returns long before it is computed.
+    """
 
     def __init__(self) -> None:
         self.tokens, self.seconds = 0, 0.0

@@ -116,6 +116,7 @@ class D2OTrainer:
         if path is not None:
             self.state = ckpt.load_state(path)
             ckpt.check_unchanged(path, self.state, self.args)
+            self.state.config = dataclasses.asdict(self.args)
         for name in self.datasets:
             self._prepare(name, resumed=path)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -139,15 +140,13 @@ class D2OTrainer:
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model.train()
-        rate = TokenRate()
         self.log = MetricLog(args, state.global_step, self.num_steps)
         try:
             if args.eval_steps and self.examples["eval"] and path is None:
                 self._evaluate_and_log()
+            rate = TokenRate()
             while state.global_step < self.num_steps:
-                rate.go()
                 grad_norm, lr, tokens = self._step()
-                rate.pause()
                 rate.tokens += tokens
                 self._after_step(grad_norm, lr, rate)
         finally:
@@ -195,14 +194,20 @@ class D2OTrainer:
             }
             self.means.reset()
             self._report("log", metrics)
-        if self.examples["eval"] and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            self._evaluate_and_log()
-        if step % args.save_steps == 0:
+        evaluate = bool(self.examples["eval"]) and (last or (args.eval_steps > 0 and step % args.eval_steps == 0))
+        save = step % args.save_steps == 0
+        if evaluate or save:
             self._refuse_non_finite()
-            self._save_checkpoint()
+            rate.pause()
+            if evaluate:
+                self._evaluate_and_log()
+            if save:
+                self._save_checkpoint()
+            rate.go()
         self.log.bar.update()
 
     def _refuse_non_finite(self) -> None:
+        """Waits for the device. Called before anything is logged, evaluated or saved."""
         step = int(self.bad_step.item())
         if step < 0:
             return

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,39 @@ def test_activation_checkpointing_changes_nothing_with_dropout(tmp_path: Path, s
     without = trainer(tmp_path / "without", store)
     without.train()
     assert largest_difference(results[0], weights(without.model)) > 1e-4  # dropout was there
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device(tmp_path: Path, store: AnchorStore) -> None:
+    """Nothing of ours does; transformers 5 itself asks once per forward whether positions are packed."""
+    seen: list[str] = []
+
+    class Watched(D2OTrainer):
+        def _step(self) -> tuple[torch.Tensor, float, int]:
+            if self.state.global_step == 0:  # kernels are compiled and tuned
+                return super()._step()
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = super()._step()
+            torch.cuda.set_sync_debug_mode("default")
+            seen.extend(f"{w.filename}:{w.lineno} {w.message}" for w in caught if "synchroniz" in str(w.message))
+            return result
+
+    settings = config(tmp_path, max_steps=3, logging_steps=3, gradient_accumulation_steps=2, dtype="bfloat16")
+    Watched(tiny_model(), settings, tiny_rows(10), processing_class=tiny_tokenizer()).train()
+    assert [place for place in seen if "masking_utils.py" not in place] == []
+
+
+def test_tokens_per_second_leave_evaluations_out(tmp_path: Path, store: AnchorStore) -> None:
+    def slow(run: D2OTrainer, event: str, metrics: dict[str, float]) -> None:
+        if event == "evaluate":
+            time.sleep(1.0)
+
+    run = trainer(tmp_path, store, eval_dataset=store, eval_steps=1, logging_steps=3, max_steps=3, callbacks=[slow])
+    run.train()
+    record = next(r for r in read_log(tmp_path / "metrics.jsonl") if "loss" in r)
+    assert record["num_tokens"] / record["tokens_per_second"] < 1.0
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path, store: AnchorStore) -> None:
