@@ -91,12 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(seeds=tuple(args.seeds))
     if args.quick:
         study = Study((args.seeds[0],), (1e-3,), (2, 4), 60, (20, 20), 30, 1, (1e-3, 4))
-    started = time.time()
+    started, commit = time.time(), _commit()
     os.environ["TQDM_DISABLE"] = "1"  # for the processes below: hundreds of progress bars
     with tempfile.TemporaryDirectory() as folder:
         runs = run_study(study, Path(folder), args.jobs)
     report = {
-        "commit": _commit(),
+        "commit": commit,
         "versions": versions(),
         "machine": f"{platform.machine()}, {args.jobs} processes of one thread",
         "seconds": round(time.time() - started),

@@ -43,8 +43,8 @@ BASELINES = {  # name, what it learns from
     "dpo": ("DPO", "pairs, 1/3 of the positives abusive"),
     "sft": ("SFT", "the same positives"),
 }
-#: each chosen in the toy study (benchmarks/results/toy-study.md)
-LEARNING_RATES = {"ga": 1e-4, "npo": 1e-4, "dpo": 1e-4, "sft": 1e-4}
+#: those that the toy study chose most often (benchmarks/results/toy-study.md)
+LEARNING_RATES = {"ga": 3e-4, "npo": 3e-4, "dpo": 3e-4, "sft": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
