@@ -1,6 +1,6 @@
 """The toy study: D2O and its neighbours on the demo's language, every method with its own best settings.
 
-    python -m benchmarks.toy                    # three seeds, about 10 minutes on two idle cores
+    python -m benchmarks.toy                    # three seeds, about 8 minutes on two idle cores
     python -m benchmarks.toy --quick            # one seed, a tiny grid: shows that it runs
 
 For each seed a model is trained as in ``d2o demo``. Every method then tries every pair of learning rate and number of
