@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.batching import Example, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
@@ -35,12 +35,13 @@ from d2o_fast.ops import linear_logprob
 from d2o_fast.reference import sequence_logps
 from d2o_fast.sampling import evaluating, sample_responses
 from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
+from d2o_fast.sharing import choose_sharing
 
 __all__ = ["AnchorStore", "build_store", "expected_fingerprint", "reference_logps"]
 
 logger = logging.getLogger("d2o_fast")
 
-SCORE_TOKENS = 16384  #: padded tokens that one scoring batch may hold, unless a single prompt has more
+SCORE_TOKENS = 16384  #: tokens that one scoring batch may hold, padding included, unless a single prompt has more
 
 
 class AnchorStore:
@@ -172,17 +173,17 @@ def build_store(
 
 
 def reference_logps(
-    decoder: nn.Module, model: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int
+    decoder: nn.Module, model: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int, shared: bool = False
 ) -> list[list[float]]:
     """K + 1 log-probabilities of each example, the negative's first: fp32 sums in nats.
 
-    Batches hold whole prompts, at most ``SCORE_TOKENS`` padded tokens of them, so that memory does not grow with the
-    number of examples; which rows share a batch changes a score in its rounding only.
+    Batches hold whole prompts, at most ``SCORE_TOKENS`` tokens of them, so that memory does not grow with the number of
+    examples; which rows share a batch, or ``shared`` prompts, changes a score in its rounding only.
     """
     head, device = head_of(model), next(model.parameters()).device
     scores: list[list[float]] = []
-    for batch_examples in _batches(examples):
-        batch = pack(batch_examples, pad).to(device)
+    for batch_examples in _batches(examples, shared):
+        batch = (pack_shared(batch_examples) if shared else pack(batch_examples, pad)).to(device)
         with torch.no_grad(), evaluating(model), autocast(config, device):
             hidden = response_hidden(decoder, batch)
             token_logps = linear_logprob(hidden, head.weight, batch.targets, **head.options())
@@ -194,17 +195,13 @@ def reference_logps(
     return scores
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def _batches(examples: Sequence[Example], shared: bool = False) -> Iterator[list[Example]]:
     batch: list[Example] = []
-    rows = width = 0
     for example in examples:
-        responses = example.responses()
-        longest = len(example.prompt_ids) + max(len(response) for response in responses)
-        if batch and (rows + len(responses)) * max(width, longest) > SCORE_TOKENS:
+        if batch and row_tokens([*batch, example], shared) > SCORE_TOKENS:
             yield batch
-            batch, rows, width = [], 0, 0
+            batch = []
         batch.append(example)
-        rows, width = rows + len(responses), max(width, longest)
     if batch:
         yield batch
 
@@ -218,11 +215,14 @@ class _ShardMaker:
         _refuse_trained_adapter(model)
         with _adapter_disabled(model):
             self.decoder = decoder_of(model)
+        self.shared: bool | None = None  # not known before there are responses to try it on
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
         with _adapter_disabled(self.model):
             examples = self._with_anchors(shard, examples)
-            scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad)
+            if self.shared is None:
+                self.shared = choose_sharing(self.model, self.decoder, examples, self.config, self.pad).on
+            scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad, self.shared)
         first = shard * self.config.sampling_batch_size
         records = []
         for i, (row, example, logps) in enumerate(zip(rows, examples, scores, strict=True)):

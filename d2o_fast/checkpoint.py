@@ -44,7 +44,7 @@ class TrainerState:
 
     global_step: int = 0
     epoch: float = 0.0
-    num_tokens: int = 0  #: tokens read by the transformer so far, without padding
+    num_tokens: int = 0  #: tokens of the data so far, as Example.num_tokens counts them
     digests: dict[str, str] = field(default_factory=dict)  #: of the stores, by "train" and "eval"
     metrics: dict[str, float] = field(default_factory=dict)  #: the last ones of training and of evaluation
     config: dict[str, Any] = field(default_factory=dict)

@@ -28,6 +28,10 @@ _POSITIVE = (
 class D2OConfig:
     """Settings under the names that TRL and transformers use. ``K`` is ``num_generations``.
 
+    A step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts. How they go through the model
+    (``shared_prefix``, ``tokens_per_micro_batch``, ``gradient_checkpointing``) changes results in their rounding alone.
+    A prompt longer than ``tokens_per_micro_batch``, its responses included, goes alone.
+
     ``alpha``, ``beta`` and ``num_generations`` default to the paper's values; the learning rate, schedule, lengths and
     batch sizes were not stated there and are our choices.
     """
@@ -36,6 +40,9 @@ class D2OConfig:
     model_name_or_path: str = ""  #: local folder or hub name of a causal language model
     dtype: Literal["float32", "bfloat16"] = "float32"  #: compute dtype; master weights are fp32 either way
     attn_implementation: str | None = None  #: passed to transformers, e.g. "sdpa" or "flash_attention_2"
+    shared_prefix: Literal["auto"] | bool = (
+        "auto"  #: one pass per prompt for all its responses; auto: where it is exact
+    )
     use_liger_kernel: bool = False  #: liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)
     chat_template_path: str | None = None  #: a Jinja file that replaces the tokenizer's template
 
@@ -76,6 +83,7 @@ class D2OConfig:
     per_device_train_batch_size: int = 4  #: prompts per micro-batch, each with its K + 1 responses
     per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 1
+    tokens_per_micro_batch: int | None = None  #: most tokens at once, in place of per_device_train_batch_size prompts
     gradient_checkpointing: bool = False
     seed: int = 42  #: order of the prompts and dropout
 
@@ -117,6 +125,12 @@ class D2OConfig:
             self.save_total_limit is None or self.save_total_limit >= 1,
             "save_total_limit",
             self.save_total_limit,
+            "an integer >= 1, or nothing",
+        )
+        _require(
+            self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
+            "tokens_per_micro_batch",
+            self.tokens_per_micro_batch,
             "an integer >= 1, or nothing",
         )
         unknown = set(self.report_to) - {"tensorboard"}

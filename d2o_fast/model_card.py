@@ -26,12 +26,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_card(config: D2OConfig, state: TrainerState, data: Mapping[str, str], is_adapter: bool, path: str) -> str:
+def model_card(
+    config: D2OConfig, state: TrainerState, data: Mapping[str, str], is_adapter: bool, path: str, attention: str
+) -> str:
     """The card's text.
 
     Args:
         data: what "train" and "eval" data were, in words; "eval" may be missing.
         path: which path computed the loss.
+        attention: how the transformer attended in training.
     """
     name = config.model_name_or_path or "a model built in code"
     header: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "tags": ["d2o", "alignment"]}
@@ -52,8 +55,10 @@ def model_card(config: D2OConfig, state: TrainerState, data: Mapping[str, str], 
         + (" (an addition to the paper's loss)" if config.anchor_weight else ""),
         "Optimisation": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type} schedule, "
         f"{state.global_step} steps ({state.epoch:.2f} epochs), {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps} prompts a step, {state.num_tokens:,} tokens, {compute}",
+        f"{config.gradient_accumulation_steps} prompts a step, {state.num_tokens:,} tokens (prompts counted once per "
+        f"response), {compute}",
         "Loss path": path,
+        "Attention": attention,
         "Software": ", ".join(f"{package} {number}" for package, number in versions().items()),
     }
     metrics = {key: value for key, value in state.metrics.items() if key not in ("tokens_per_second", "epoch")}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.batching import Example, pack, pack_shared, response_hidden
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row
 from d2o_fast.evaluate import judge_model, load_judge
@@ -23,14 +23,25 @@ from d2o_fast.models import Head, autocast, decoder_of, head_of, pad_token_id
 from d2o_fast.ops import fused_d2o_loss
 from d2o_fast.reference import D2OOutput
 from d2o_fast.sampling import evaluating
+from d2o_fast.sharing import choose_sharing
 
 
 def batch_loss(
-    decoder: nn.Module, head: Head, examples: Sequence[Example], pad: int, config: D2OConfig, num_prompts: int
+    decoder: nn.Module,
+    head: Head,
+    examples: Sequence[Example],
+    pad: int,
+    config: D2OConfig,
+    num_prompts: int,
+    shared: bool = False,
 ) -> tuple[D2OOutput, ResponseLayout]:
-    """D2O of ``examples``: their losses' sum over ``num_prompts``, and the layout of their S responses."""
+    """D2O of ``examples``: their losses' sum over ``num_prompts``, and the layout of their S responses.
+
+    Args:
+        shared: each prompt is read once for all its responses; ``sharing.py`` says for which models.
+    """
     device = head.weight.device
-    batch = pack(examples, pad).to(device)
+    batch = (pack_shared(examples) if shared else pack(examples, pad)).to(device)
     with autocast(config, device):
         hidden = response_hidden(decoder, batch)
     out = fused_d2o_loss(
@@ -58,10 +69,11 @@ def evaluate_model(
     """
     head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
     means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
+    shared = choose_sharing(model, decoder, examples, config, pad).on
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
-            means.add(*batch_loss(decoder, head, part, pad, config, len(part)), len(part))
+            means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
     metrics, samples = means.read(), list[dict[str, Any]]()
     if config.judge:
         judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)

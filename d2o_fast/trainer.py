@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2o_fast import checkpoint as ckpt
 from d2o_fast.anchors import AnchorStore
-from d2o_fast.batching import Example
+from d2o_fast.batching import Example, row_tokens
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, rows_from
 from d2o_fast.errors import D2OError
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
 from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id
+from d2o_fast.packing import micro_batches
 from d2o_fast.prepare import (
     add_adapter,
     initial_model,
@@ -37,6 +38,7 @@ from d2o_fast.prepare import (
     quiet_transformers,
     refuse_many_processes,
 )
+from d2o_fast.sharing import Sharing, choose_sharing
 from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
 
 logger = logging.getLogger("d2o_fast")
@@ -95,6 +97,7 @@ class D2OTrainer:
         self.callbacks = list(callbacks or [])
         self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
+        self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -135,6 +138,9 @@ class D2OTrainer:
         if path is not None:
             load_weights(self.model, path)
             self._load_progress(path)
+        first = [self.examples["train"][i] for i in self.prompts_of(state.global_step)[:1]]
+        if first:
+            self.sharing = choose_sharing(self.model, self.decoder, first, args, self.pad, training=True)
         if args.gradient_checkpointing:
             base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -161,9 +167,10 @@ class D2OTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for start in range(0, len(examples), args.per_device_train_batch_size):
-            micro = examples[start : start + args.per_device_train_batch_size]
-            out, layout = batch_loss(self.decoder, self.head, micro, self.pad, args, num_prompts=len(examples))
+        for micro in self._micro_batches(examples):
+            out, layout = batch_loss(
+                self.decoder, self.head, micro, self.pad, args, num_prompts=len(examples), shared=self.sharing.on
+            )
             out.loss.backward()
             self.means.add(out, layout, len(examples))
             finite &= out.loss.detach().isfinite()
@@ -179,6 +186,17 @@ class D2OTrainer:
         state.num_tokens += tokens
         state.epoch = self._epoch(state.global_step)
         return grad_norm, lr, tokens
+
+    def _micro_batches(self, examples: list[Example]) -> list[list[Example]]:
+        """A step's prompts in the pieces that go through the model one after the other."""
+        budget, size = self.args.tokens_per_micro_batch, self.args.per_device_train_batch_size
+        if budget is None:
+            return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+        def cost(batch: Sequence[Example]) -> int:
+            return row_tokens(batch, self.sharing.on)
+
+        return micro_batches(examples, lambda example: cost([example]), cost, budget)
 
     def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
         args, step, last = self.args, self.state.global_step, self.state.global_step == self.num_steps
@@ -303,7 +321,7 @@ class D2OTrainer:
         data = {name: self._described(name) for name in self.stores}
         with ckpt.replace_files(folder) as temporary:
             self._save_weights(temporary)
-            card = model_card(self.args, self.state, data, is_adapter, self.loss_path or "not run")
+            card = model_card(self.args, self.state, data, is_adapter, self.loss_path or "not run", self.sharing.text)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
             (temporary / "d2o_config.yaml").write_text(config, encoding="utf-8")

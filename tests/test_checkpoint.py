@@ -190,6 +190,24 @@ def test_resuming_a_finished_run_changes_nothing(inputs: Path, never_killed: Pat
     assert_same_run(out, never_killed)
 
 
+def test_shared_prompts_under_a_token_budget_resume_to_the_same_bits(inputs: Path, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")  # without dropout, which cannot be shared
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "anchors_dir": str(tmp_path / "anchors"),
+        "shared_prefix": True,
+        "tokens_per_micro_batch": 90,
+    }
+    trainer(inputs, tmp_path / "whole", **settings).train()
+    for step in (3, 15):
+        resume = "latest" if step > 3 else None
+        with pytest.raises(Stop):
+            trainer(inputs, tmp_path / "parts", **settings, callbacks=[stop_at(step)]).train(resume)
+    trainer(inputs, tmp_path / "parts", **settings).train("latest")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_lora_resumes_to_the_same_bits(inputs: Path, tmp_path: Path) -> None:
     settings = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "anchors_dir": str(tmp_path / "anchors")}
     trainer(inputs, tmp_path / "whole", **settings).train()

@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from d2o_fast import D2OConfig, D2OTrainer
+from d2o_fast import trainer as trainer_module
 from d2o_fast.anchors import AnchorStore, build_store
-from d2o_fast.batching import pack, response_hidden
+from d2o_fast.batching import pack, response_hidden, row_tokens
 from d2o_fast.data import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.metrics import read_log
@@ -170,6 +171,63 @@ def test_every_epoch_takes_every_prompt_once_in_an_order_of_its_own(tmp_path: Pa
     assert epochs(1)[0] != epochs(1)[1]
     assert epochs(1) == epochs(1)
     assert epochs(1) != epochs(2)
+
+
+def run_with(folder: Path, store: AnchorStore, model: Any = None, **settings: Any) -> tuple[D2OTrainer, list[dict]]:
+    options = {"max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **settings}
+    run = trainer(folder, store, model, eval_dataset=store, **options)
+    run.train()
+    return run, read_log(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"use_peft": True, "lora_r": 4}], ids=str)
+def test_sharing_prompts_changes_nothing_but_rounding(tmp_path: Path, store: AnchorStore, settings: Any) -> None:
+    shared, apart = (
+        run_with(tmp_path / str(setting), store, shared_prefix=setting, **settings) for setting in ("auto", False)
+    )
+    assert shared[0].sharing == (True, "one pass per prompt (torch's flash attention on the CPU)")
+    assert apart[0].sharing == (False, "one row per response (sdpa), as shared_prefix is false")
+    for (run, _), name in ((shared, "auto"), (apart, "False")):
+        assert f"| Attention | {run.sharing.text} |" in (tmp_path / name / "README.md").read_text()
+    for one, other in zip(shared[1], apart[1], strict=True):
+        for name in set(one) - {"tokens_per_second"}:
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+    assert largest_difference(weights(shared[0].model), weights(apart[0].model)) < 2e-4
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_token_budget_changes_nothing_but_rounding(tmp_path: Path, store: AnchorStore, shared: bool) -> None:
+    sizes: list[int] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(row_tokens(args[2], kwargs["shared"]))
+        return batch_loss(*args, **kwargs)
+
+    _, by_number = run_with(tmp_path / "number", store, shared_prefix=shared)
+    budget = max(row_tokens([example], shared) for example in store.examples()) + 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "batch_loss", watched)
+        run, by_tokens = run_with(tmp_path / "tokens", store, shared_prefix=shared, tokens_per_micro_batch=budget)
+    assert max(sizes) <= budget
+    assert run.prompts_per_step == 4
+    assert len(sizes) > 5 * 2
+    for one, other in zip(by_number, by_tokens, strict=True):
+        for name in set(one) - {"tokens_per_second"}:
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+
+
+def test_a_model_that_cannot_share_trains_unshared(tmp_path: Path) -> None:
+    """And says why; where sharing was asked for by name, it does not train."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, eos_token_id=2, bos_token_id=1))
+    run = trainer(tmp_path / "auto", model=model, max_steps=2)
+    run.train()
+    assert not run.sharing.on
+    card = (tmp_path / "auto" / "README.md").read_text()
+    assert "prompts cannot be shared by FalconForCausalLM: 0 of its 2 layers" in card
+    with pytest.raises(D2OError, match="shared_prefix is true, but prompts cannot be shared by FalconForCausalLM"):
+        trainer(tmp_path / "true", model=model, shared_prefix=True).train()
 
 
 def test_bf16_compute_keeps_fp32_masters(tmp_path: Path) -> None:

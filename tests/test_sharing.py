@@ -1,0 +1,358 @@
+"""One pass per prompt inside unmodified models: equal to one sequence at a time, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_errors
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from d2o_fast import sharing
+from d2o_fast.batching import Example, pack, pack_shared, response_hidden
+from d2o_fast.cli import parse
+from d2o_fast.config import D2OConfig
+from d2o_fast.errors import D2OError
+from d2o_fast.models import base_of, decoder_of, head_of
+from d2o_fast.sharing import EAGER, choose_sharing, install
+
+SMALL: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+WINDOW = 4  # binds: the longest sequence below has 15 tokens
+CAP = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {}),
+    "mistral, window": ("mistral", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**CAP, "query_pre_attn_scalar": 8}),
+    "gemma2, window": ("gemma2", {**CAP, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8}),
+    "gemma3, window": (
+        "gemma3_text",
+        {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": ("phi3", {}),
+    "phi3, window": ("phi3", {"sliding_window": WINDOW}),
+    "olmo2": ("olmo2", {}),
+}
+EXAMPLES = [
+    Example([3, 4, 5, 6, 7, 8], [9, 10, 2], [[11, 12, 13, 14, 15, 16, 17, 18, 2], [19, 2], [2]], [-1.0] * 4),
+    Example([20], [21, 22, 2], [[23, 24, 25, 26, 2]], [-1.0] * 2),
+    Example([27, 28, 29, 30], [31, 2], [[32, 33, 34, 2], [35, 36, 2]], [-1.0] * 3),
+]
+
+
+def build(kind: str, **extra: Any) -> nn.Module:
+    """A random model with scores of some size: at the usual 0.02, attention would be all but uniform."""
+    torch.manual_seed(0)
+    settings = {
+        name: value for name, value in {**SMALL, **extra}.items() if not (kind == "falcon" and name == "head_dim")
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.25)
+            elif "norm" not in name:
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' norms, rotations and softmaxes stay in fp64 where they would go through fp32."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.dtype == torch.float64:
+            args = tuple(torch.float64 if argument == torch.float32 else argument for argument in args)
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return to(self, *args, **kwargs)
+
+    def wide_softmax(input: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(input, *args, dtype=None if input.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to(self, torch.float32)
+    )
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+
+
+def logps_and_gradients(
+    model: nn.Module, groups: list[list[Example]], shared: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Response tokens' log-probabilities, and gradients of a weighted sum of them, ``groups`` one after the other."""
+    head, decoder = head_of(model), base_of(model).base_model
+    model.zero_grad()
+    found = []
+    for group in groups:
+        batch = pack_shared(group) if shared else pack(group, 0)
+        hidden = response_hidden(decoder, batch)
+        logits = hidden @ head.weight.T * head.logit_scale + (0 if head.bias is None else head.bias)
+        logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        (logps * torch.cos(batch.targets + 1.0)).sum().backward()
+        found.append(logps.detach())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return torch.cat(found), gradients
+
+
+def one_sequence_each(examples: list[Example]) -> list[list[Example]]:
+    """Every response in a batch of its own; an Example needs two of them, so each stands there twice."""
+    return [
+        [Example(example.prompt_ids, response, [response], [])]
+        for example in examples
+        for response in example.responses()
+    ]
+
+
+def largest_errors(
+    model: nn.Module, examples: list[Example], shared_groups: list[list[Example]]
+) -> tuple[float, float]:
+    """Of log-probabilities and of all gradients, shared against one sequence at a time."""
+    plain, expected = logps_and_gradients(model, one_sequence_each(examples), shared=False)
+    lengths = [len(response) for example in examples for response in example.responses()]
+    once = torch.cat([part[: len(part) // 2] for part in plain.split([2 * length for length in lengths])])
+    install(model)
+    found, gradients = logps_and_gradients(model, shared_groups, shared=True)
+    assert gradients.keys() == expected.keys()
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    # In the reference every response counted twice.
+    errors = [relative_errors(gradients[name], expected[name] / 2)[0] for name in gradients]
+    return relative_errors(found, once)[0], max(errors)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_and_all_gradients_are_those_of_single_sequences(name: str, fp64: None) -> None:
+    kind, extra = MODELS[name]
+    model = build(kind, **extra).double()
+    logps, gradients = largest_errors(model, EXAMPLES, [EXAMPLES])
+    assert logps < 1e-13
+    assert gradients < 1e-12
+
+
+def test_micro_batches_and_their_order_change_nothing(fp64: None) -> None:
+    logps, gradients = largest_errors(build("llama").double(), EXAMPLES, [EXAMPLES[:1], EXAMPLES[1:]])
+    assert max(logps, gradients) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2, window"])
+def test_activation_checkpointing_is_exact(name: str, reentrant: bool, fp64: None) -> None:
+    kind, extra = MODELS[name]
+    model = build(kind, **extra).double()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    logps, gradients = largest_errors(model.train(), EXAMPLES, [EXAMPLES])
+    assert max(logps, gradients) < 1e-12
+
+
+def test_lora_with_and_without_its_adapter(fp64: None) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])).double()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, 0, 0.3)
+    plain, expected = logps_and_gradients(model, [EXAMPLES], shared=False)
+    install(model)
+    found, gradients = logps_and_gradients(model, [EXAMPLES], shared=True)
+    assert relative_errors(found, plain)[0] < 1e-12
+    assert gradients.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert max(relative_errors(gradients[n], expected[n])[0] for n in expected) < 1e-12
+    with model.disable_adapter(), torch.no_grad():
+        without = [response_hidden(decoder_of(model), batch) for batch in (pack_shared(EXAMPLES), pack(EXAMPLES, 0))]
+    assert relative_errors(*without)[0] < 1e-12
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3, window"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_no_worse_than_without_sharing(name: str, dtype: torch.dtype) -> None:
+    """Both against fp32: what sharing adds to the rounding of half precision must be less than what that costs."""
+    kind, extra = MODELS[name]
+    model = build(kind, **extra)
+    install(model)
+    exact, exact_gradients = logps_and_gradients(model, [EXAMPLES], shared=False)
+    errors = {}
+    for shared in (False, True):
+        with torch.autocast("cpu", dtype=dtype):
+            logps, gradients = logps_and_gradients(model, [EXAMPLES], shared=shared)
+        errors[shared] = (
+            relative_errors(logps, exact)[1],
+            sum(relative_errors(gradients[n], exact_gradients[n])[1] for n in gradients) / len(gradients),
+        )
+    assert 0 < errors[True][0] < 1.5 * errors[False][0] + 1e-4
+    assert 0 < errors[True][1] < 1.5 * errors[False][1]
+
+
+# --- Without a shared row nothing changes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, window"])
+def test_plain_forwards_keep_their_bits_and_generate_works(name: str) -> None:
+    kind, extra = MODELS[name]
+    tokens = torch.arange(3, 20)[None]
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            logits = [model(tokens).logits, model(tokens, attention_mask=mask).logits]
+            return [*logits, model.generate(tokens, max_new_tokens=12, do_sample=False)]
+
+    before = outputs(build(kind, **extra))
+    model = build(kind, **extra)
+    install(model)
+    install(model)  # a second time is no change
+    with torch.no_grad():
+        response_hidden(decoder_of(model), pack_shared(EXAMPLES))
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model), strict=True))
+    loaded = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(loaded), strict=True))
+
+
+def test_an_eager_model_is_saved_without_our_name(tmp_path: Any) -> None:
+    model = build("gemma2")
+    assert model.config._attn_implementation == "eager"
+    install(model)
+    assert model.config._attn_implementation == EAGER
+    model.save_pretrained(tmp_path)
+    assert EAGER not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+HYBRID = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon": ("falcon", {"new_decoder_architecture": False}, "0 of its 2 layers"),
+    "stablelm": ("stablelm", {}, "0 of its 2 layers"),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of its 2 layers"),
+    "falcon_h1": ("falcon_h1", HYBRID, "a change in one response changes others"),
+    "mamba": ("mamba", {"state_size": 8}, "0 of its 2 layers|failed on a shared row"),
+}
+
+
+def choose(model: nn.Module, setting: Any = "auto", training: bool = True, **settings: Any) -> sharing.Sharing:
+    config = D2OConfig(shared_prefix=setting, **settings)
+    return choose_sharing(model, decoder_of(model), EXAMPLES, config, 0, training)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_models_are_found_to_be(name: str) -> None:
+    kind, extra = MODELS[name]
+    found = choose(build(kind, **extra))
+    assert found.on, found.text
+    assert ("segment by segment" in found.text) == ("window" in name or kind == "gemma2")
+    assert ("flash" in found.text) != (name in ("gemma2", "gemma2, window", "mistral, window", "phi3, window"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, window"])
+def test_exact_models_are_found_to_be_in_bf16(name: str) -> None:
+    kind, extra = MODELS[name]
+    assert choose(build(kind, **extra), dtype="bfloat16").on
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_models_are_refused_by_name(name: str) -> None:
+    kind, extra, reason = REFUSED[name]
+    model = build(kind, **extra)
+    before = model.config._attn_implementation
+    found = choose(model)
+    assert not found.on
+    assert found.text.startswith("one row per response (")
+    assert f"prompts cannot be shared by {type(model).__name__}: " in found.text
+    with pytest.raises(D2OError, match=rf"shared_prefix is true, but prompts cannot be shared by .*({reason})"):
+        choose(model, True)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("flag", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_the_setting_on_the_command_line(flag: str, value: Any) -> None:
+    parsed = parse("train", ["--shared_prefix", flag])
+    assert parsed is not None
+    assert parsed[0].shared_prefix is value
+
+
+def test_false_shares_nothing() -> None:
+    assert choose(build("llama"), False) == (False, "one row per response (sdpa), as shared_prefix is false")
+
+
+@pytest.mark.parametrize("kind", ["attention", "residual"])
+def test_dropout_is_refused_in_training_alone(kind: str) -> None:
+    if kind == "attention":
+        model = build("llama", attention_dropout=0.2)
+    else:
+        model = build("phi3", resid_pdrop=0.2)
+    found = choose(model)
+    assert not found.on
+    assert "dropout of 0.2" in found.text
+    assert choose(model, training=False).on
+    assert not model.training
+    install(model)
+    if kind == "attention":  # and if it is switched on later, it stops the run
+        with pytest.raises(D2OError, match=r"dropout of 0\.2"):
+            response_hidden(decoder_of(model.train()), pack_shared(EXAMPLES))
+
+
+def test_lora_dropout_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    assert "lora_dropout" in choose(model).text
+
+
+def test_a_window_that_the_call_does_not_tell_is_refused() -> None:
+    """The model's own masks would know of it; ours would be wrong only for long sequences, after the check."""
+    model = build("llama", sliding_window=512)
+    assert "layer 0 has a window of 512, but its attention call says None" in choose(model).text
+
+
+def test_layers_of_an_unknown_type_are_refused() -> None:
+    model = build("llama", layer_types=["full_attention", "chunked_attention"])
+    assert "layer 1 is of the type 'chunked_attention'" in choose(model).text
+
+
+def test_wrong_log_probabilities_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that passes the probe and is wrong all the same: here its positions are."""
+    positions = sharing.SharedRow.position_ids
+    monkeypatch.setattr(sharing.SharedRow, "position_ids", lambda row: torch.arange(len(positions(row))))
+    for dtype in ("float32", "bfloat16"):
+        found = choose(build("llama"), dtype=dtype)
+        assert not found.on
+        assert "log-probabilities of the first prompt's response tokens differ" in found.text
+
+
+def test_the_generators_are_left_alone() -> None:
+    model = build("llama").train()
+    torch.manual_seed(4)
+    expected = torch.rand(2)
+    torch.manual_seed(4)
+    assert choose(model).on
+    assert model.training
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_each_finding_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    sharing._said.clear()
+    with caplog.at_level("INFO", logger="d2o_fast"):
+        for _ in range(2):
+            choose(build("llama"))
+            choose(build("falcon"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "FalconForCausalLM" in caplog.text
