@@ -11,12 +11,14 @@ K: responses of one prompt.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from d2o_fast.errors import D2OError
 
@@ -132,13 +134,46 @@ def _generate(
     for i, prompt in enumerate(prompts):  # padded on the left: the last position of every row predicts
         input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
-    )
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    options: dict[str, Any] = {}
+    cache = _prompts_read_once(model, input_ids, attention_mask, settings)
+    if cache is not None:
+        cache.batch_repeat_interleave(num)
+        input_ids, attention_mask = (x.repeat_interleave(num, dim=0) for x in (input_ids, attention_mask))
+        settings = copy.deepcopy(settings)
+        settings.num_return_sequences = 1
+        options = {"past_key_values": cache}
+    output = model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **options)
     if output.shape[0] != len(prompts) * num:
         raise D2OError(f"generate returned {output.shape[0]} responses instead of {len(prompts)} x {num}")
     rows = output[:, width:].tolist()
     return [rows[i * num : (i + 1) * num] for i in range(len(prompts))]
+
+
+def _prompts_read_once(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
+) -> DynamicCache | None:
+    """Keys and values of all prompt positions but the last, which ``generate`` continues from.
+
+    Left to itself, generate repeats the prompts before it reads them. None where nothing is gained (one response each),
+    where a prompt has no position but its last, and for models that keep more than keys and values (Mamba), whose
+    states are not known to be right when they are repeated.
+    """
+    if settings.num_return_sequences == 1 or int(attention_mask.sum(1).min()) == 1:
+        return None
+    reading = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=1,
+        eos_token_id=settings.eos_token_id,
+        pad_token_id=settings.pad_token_id,
+        return_dict_in_generate=True,
+    )
+    output = model.generate(input_ids[:, :-1], attention_mask=attention_mask[:, :-1], generation_config=reading)
+    cache = output.get("past_key_values")
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not isinstance(cache, DynamicCache) or any(type(layer) not in known for layer in cache.layers):
+        return None
+    return cache
 
 
 def _generate_continuous(

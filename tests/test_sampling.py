@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_model
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from d2o_fast import sampling
 from d2o_fast.errors import D2OError
 from d2o_fast.sampling import sample_responses
 
@@ -183,6 +184,33 @@ def test_padding_does_not_change_what_a_prompt_gives():
     model = peaked_model()
     _, short = draw(model, [list(range(20, 60)), [9]], num=1500, max_new_tokens=2)
     assert max(map(abs, excess(model, [9], short))) < 4
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "mistral", "sliding_window": 4}], ids=["full", "window"])
+def test_prompts_are_read_once_and_the_draws_stay(config, monkeypatch):
+    """Keys and values of the prompts are repeated, not the prompts; each response is what it would have been."""
+    model = peaked_model() if not config else mistral(**config)
+    prompts, read = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]], []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: read.append(tuple(ids[0].shape)))
+    drawn = [draw(model, prompts, seed=seed) for seed in range(8)]
+    assert read[:3] == [(3, 6), (12, 1), (12, 1)]
+    monkeypatch.setattr(sampling, "_prompts_read_once", lambda *args: None)
+    read.clear()
+    assert [draw(model, prompts, seed=seed) for seed in range(8)] == drawn
+    assert read[0] == (12, 7)
+    hook.remove()
+
+
+def mistral(**config) -> torch.nn.Module:
+    settings = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, **settings, **heads)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.3)
+    return model
 
 
 @pytest.mark.parametrize("engine", ENGINES)
