@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from d2o_fast.attention import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.errors import D2OError
 from d2o_fast.ops import choose_path
 
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
             "loss": _loss(),
             "sampler": {"runs": "generate", "not": {"continuous batching": "only where it is asked for by name"}},
             "attention": _attention(),
+            "prompts": _prompts(),
             "liger-kernel": _liger(),
             "LoRA": _lora(),
             "processes": _processes(),
@@ -111,6 +113,16 @@ def _attention() -> dict[str, Any]:
     else:
         return {"runs": "sdpa; flash_attention_2 with attn_implementation", "not": {}}
     return {"runs": "sdpa (or what the model chooses)", "not": {"flash_attention_2": reason}}
+
+
+def _prompts() -> dict[str, Any]:
+    unknown = {"a model that cannot": "found out before its first step, and named with the reason in the log"}
+    if _device().type != "cuda":
+        return {"runs": f"read once for all responses (shared_prefix), by {CpuFlash.name}", "not": unknown}
+    flash = f"read once for all responses (shared_prefix), by {CudaFlash.name} with dtype: bfloat16"
+    if _version("flash-attn") is not None:
+        flash += f", or by {FlashAttnPackage.name} with attn_implementation: flash_attention_2"
+    return {"runs": flash, "not": {"flash attention in float32": "no kernel: segment by segment, slower", **unknown}}
 
 
 def _liger() -> dict[str, Any]:

@@ -23,7 +23,7 @@ def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str
     assert report["software"]["torch"] == torch.__version__
     assert report["devices"][0]["device"] == "cpu"
     assert len(report["devices"]) == 1 + torch.cuda.device_count()
-    assert set(report["paths"]) == {"loss", "sampler", "attention", "liger-kernel", "LoRA", "processes"}
+    assert set(report["paths"]) == {*("loss", "sampler", "attention", "prompts", "liger-kernel", "LoRA", "processes")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert report["paths"]["loss"]["runs"].startswith(choose_path("auto", torch.empty(0, device=device)).name)
 
@@ -39,6 +39,7 @@ def test_the_table_gives_a_reason_for_each_path_that_will_not_run() -> None:
     if not torch.cuda.is_available():
         assert "not triton: backend='triton' needs a GPU" in table
         assert "not flash_attention_2: needs a CUDA device" in table
+        assert "read once for all responses (shared_prefix), by torch's flash attention on the CPU" in table
 
 
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
