@@ -21,6 +21,16 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
+def exp(x):
+    """e^x in fp32, through the base that the hardware has.
+
+    Triton's own ``exp`` keeps subnormal results, at three more instructions for every element on NVIDIA's chips;
+    here they become zero.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """tanh in fp32 to about 2e-7 relative, also near zero, where 1 - exp(-2|x|) would cancel.
 
@@ -32,7 +42,7 @@ def tanh(x):
     p = p * z + 0.13332455
     p = p * z - 0.33333314
     near = x + x * z * p
-    decayed = tl.exp(-2.0 * tl.abs(x))
+    decayed = exp(-2.0 * tl.abs(x))
     tail = (1.0 - decayed) / (1.0 + decayed)
     return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -tail, tail))
 

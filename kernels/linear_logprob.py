@@ -5,10 +5,13 @@ Shapes: N response tokens, V vocabulary, H hidden, P splits of the vocabulary.
     hidden (N, H), weight (V, H), bias (V,), targets (N,)  ->  logps (N,) fp32, lse (N,) fp32
     logps[n] = logit[n, targets[n]] - lse[n],   lse[n] = log sum_v exp(logit[n, v])
 
-One program owns BLOCK_N rows and one of P contiguous ranges of the vocabulary. It walks its range in tiles of BLOCK_V
-columns, keeps the running maximum, the sum of exponentials and the target's logit of its rows in registers, and writes
-those three numbers. A second kernel combines the P partial results in the order of the splits, so the bits do not
-depend on which program finished first. Temporary memory: 3 * P * N floats.
+A work item is BLOCK_N rows and one of P contiguous ranges of the vocabulary. Its program walks the range in tiles of
+BLOCK_V columns, keeps the running maximum, the sum of exponentials and the target's logit of its rows in registers, and
+writes those three numbers. A last kernel combines the P partial results in the order of the splits, so the bits do not
+depend on which program finished first. Temporary memory: 3 * P * N floats, bounded by ``choose_splits``.
+
+Two kernels do the walk. ``linear_logprob_tma_kernel`` serves Hopper and Blackwell where the rows suit tensor
+descriptors; ``linear_logprob_kernel`` serves every other device, dtype and stride through pointers.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import LOWEST, architecture, check_device, check_softcap, interpreted, num_processors, to_logits
+from .common import LOWEST, architecture, check_device, check_softcap, exp, interpreted, num_processors, to_logits
 
 
 class Tile(NamedTuple):
@@ -41,33 +45,173 @@ TILES: dict[tuple[str, str], Tile] = {
     ("sm_80", "16-bit odd"): Tile(64, 64, 32, 8, 3),
     ("sm_80", "mixed"): Tile(64, 128, 32, 8, 3),
     ("sm_80", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_80", "fp32 odd"): Tile(64, 64, 32, 8, 3),
     ("sm_86", "16-bit"): Tile(128, 128, 32, 8, 3),
     ("sm_86", "16-bit capped"): Tile(128, 128, 32, 8, 3),
     ("sm_86", "16-bit odd"): Tile(64, 64, 32, 8, 3),
     ("sm_86", "mixed"): Tile(64, 128, 32, 8, 3),
     ("sm_86", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_86", "fp32 odd"): Tile(64, 64, 32, 8, 3),
     ("sm_90", "16-bit"): Tile(128, 256, 64, 8, 3),
     ("sm_90", "16-bit capped"): Tile(128, 128, 64, 8, 3),
     ("sm_90", "16-bit odd"): Tile(128, 64, 32, 8, 3),
     ("sm_90", "mixed"): Tile(128, 128, 64, 8, 3),
     ("sm_90", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_90", "fp32 odd"): Tile(64, 64, 32, 8, 3),
     ("sm_100", "16-bit"): Tile(128, 128, 64, 8, 3),
     ("sm_100", "16-bit capped"): Tile(128, 128, 64, 8, 3),
     ("sm_100", "16-bit odd"): Tile(128, 64, 32, 8, 3),
     ("sm_100", "mixed"): Tile(128, 128, 32, 8, 3),
     ("sm_100", "fp32"): Tile(64, 64, 32, 8, 3),
+    ("sm_100", "fp32 odd"): Tile(64, 64, 32, 8, 3),
     ("gfx942", "16-bit"): Tile(128, 128, 64, 8, 2),
     ("gfx942", "16-bit capped"): Tile(128, 128, 64, 8, 2),
-    ("gfx942", "16-bit odd"): Tile(64, 64, 32, 8, 1),
+    ("gfx942", "16-bit odd"): Tile(64, 64, 32, 4, 1),
     ("gfx942", "mixed"): Tile(64, 64, 32, 8, 2),
-    ("gfx942", "fp32"): Tile(64, 64, 32, 8, 2),
+    ("gfx942", "fp32"): Tile(64, 64, 32, 4, 2),
+    ("gfx942", "fp32 odd"): Tile(64, 32, 32, 8, 2),
 }
 TILES |= {
     ("interpreter", kind): Tile(16, 32, 32, 4, 1, 2)
-    for kind in ("16-bit", "16-bit capped", "16-bit odd", "mixed", "fp32")
+    for kind in ("16-bit", "16-bit capped", "16-bit odd", "mixed", "fp32", "fp32 odd")
 }
-MAX_SPLITS = 64
+# The same for 16-bit operands read through tensor descriptors, where an architecture has them. Two consumer warpgroups
+# of 64 x 256 fp32 accumulators fill Hopper's registers, and half the columns would ask the L2 for a third more bytes;
+# but a bias takes 64 registers of a thread and a softcap's tanh more than that, which only the smaller tile leaves.
+DESCRIPTOR_TILES: dict[tuple[str, str], Tile] = {
+    ("sm_90", "plain"): Tile(128, 256, 64, 8, 4),
+    ("sm_90", "bias or softcap"): Tile(128, 128, 64, 8, 4),
+    ("sm_100", "plain"): Tile(128, 256, 64, 8, 4),
+    ("sm_100", "bias or softcap"): Tile(128, 128, 64, 8, 4),
+    ("interpreter", "plain"): Tile(16, 32, 32, 4, 1, 2),
+    ("interpreter", "bias or softcap"): Tile(16, 32, 32, 4, 1, 2),
+}
+MAX_ITEMS_PER_PROCESSOR = 16  # bounds P where there are many rows, and with it the temporary memory
 BLOCK_COMBINE = 128
+
+
+@triton.jit
+def work_item(item, N, num_splits, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr):
+    """(row tile, split) of a work item.
+
+    GROUP_N row tiles times all splits follow each other: a weight tile is read from L2 by the row tiles of its group,
+    and the group's hidden states stay in L2 for the whole walk.
+    """
+    group = item // (GROUP_N * num_splits)
+    first_tile = group * GROUP_N
+    group_size = tl.minimum(tl.cdiv(N, BLOCK_N) - first_tile, GROUP_N)
+    rest = item - group * (GROUP_N * num_splits)
+    return first_tile + rest % group_size, rest // group_size
+
+
+@triton.jit
+def add_tile(
+    row_max,
+    row_sum,
+    target_logit,
+    product,
+    start,  # the tile's first column
+    targets,
+    bias_ptr,
+    V,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The rows' (maximum, sum of exp(logit - maximum), logit of the target) with a tile's raw products."""
+    lanes = tl.arange(0, BLOCK_V)
+    in_tile = lanes < V - start
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + start + lanes, mask=in_tile, other=0.0).to(tl.float32)[None, :]
+    logits = to_logits(product, bias, LOGIT_SCALE, SOFTCAP, HAS_BIAS)
+    # Columns past the vocabulary are -inf before they can take part in a maximum.
+    logits = tl.where(in_tile[None, :], logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+    row_sum = row_sum * exp(row_max - new_max) + tl.sum(exp(logits - new_max[:, None]), axis=1)
+    # Per row and in 64 bits, so that the comparison of every element has 32.
+    target_lane = tl.where((targets >= start) & (targets < start + BLOCK_V), targets - start, -1).to(tl.int32)
+    target_logit += tl.sum(tl.where(lanes[None, :] == target_lane[:, None], logits, 0.0), axis=1)
+    return new_max, row_sum, target_logit
+
+
+@triton.jit
+def store_partial(partial_ptr, row_max, row_sum, target_logit, n_tile, split, N, num_splits, BLOCK_N: tl.constexpr):
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    partial = partial_ptr + tl.cast(split, tl.int64) * N + offs_n
+    in_rows = offs_n < N
+    plane = tl.cast(num_splits, tl.int64) * N
+    tl.store(partial, row_max, mask=in_rows)
+    tl.store(partial + plane, row_sum, mask=in_rows)
+    tl.store(partial + 2 * plane, target_logit, mask=in_rows)
+
+
+# One program per multiprocessor takes work items in turn. Within an item, the walk over the vocabulary and the walk
+# over H are one loop: while the statistics of a tile are taken, the first blocks of the next are already on their way.
+@triton.jit
+def linear_logprob_tma_kernel(
+    hidden_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H); what lies outside reads as zero
+    weight_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)
+    bias_ptr,
+    targets_ptr,
+    partial_ptr,  # (3, P, N) fp32: maximum, sum of exp(logit - maximum), logit of the target
+    N,
+    V,
+    H,
+    num_splits,
+    tiles_per_split,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,  # for the interpreter, whose dot takes bf16 for integers; the products are exact either way
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    num_h_blocks = tl.cdiv(H, BLOCK_H)
+    for item in range(tl.program_id(0), tl.cdiv(N, BLOCK_N) * num_splits, tl.num_programs(0)):
+        n_tile, split = work_item(item, N, num_splits, BLOCK_N, GROUP_N)
+        first_row = n_tile * BLOCK_N
+        offs_n = first_row + tl.arange(0, BLOCK_N)
+        targets = tl.load(targets_ptr + offs_n, mask=offs_n < N, other=-1).to(tl.int64)
+        row_max = tl.full((BLOCK_N,), LOWEST, tl.float32)
+        row_sum = tl.zeros((BLOCK_N,), tl.float32)
+        target_logit = tl.zeros((BLOCK_N,), tl.float32)
+
+        first_v_tile = split * tiles_per_split
+        num_v_tiles = tl.minimum(tiles_per_split, tl.cdiv(V, BLOCK_V) - first_v_tile)
+        start = first_v_tile * BLOCK_V
+        h_block = 0
+        product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for _ in range(num_v_tiles * num_h_blocks):
+            hidden = hidden_desc.load([first_row, h_block * BLOCK_H])
+            weight = weight_desc.load([start, h_block * BLOCK_H])
+            if UPCAST:
+                hidden = hidden.to(tl.float32)
+                weight = weight.to(tl.float32)
+            product = tl.dot(hidden, weight.T, product, input_precision="ieee")
+            h_block += 1
+            if h_block == num_h_blocks:
+                row_max, row_sum, target_logit = add_tile(
+                    row_max,
+                    row_sum,
+                    target_logit,
+                    product,
+                    start,
+                    targets,
+                    bias_ptr,
+                    V,
+                    LOGIT_SCALE,
+                    SOFTCAP,
+                    HAS_BIAS,
+                    BLOCK_V,
+                )
+                product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+                h_block = 0
+                start += BLOCK_V
+        store_partial(partial_ptr, row_max, row_sum, target_logit, n_tile, split, N, num_splits, BLOCK_N)
 
 
 @triton.jit
@@ -86,7 +230,6 @@ def linear_logprob_kernel(
     stride_hh,
     stride_wv,
     stride_wh,
-    stride_b,
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -97,22 +240,12 @@ def linear_logprob_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    # GROUP_N row tiles times all splits run side by side: a weight tile is read from L2 by the row tiles of its group,
-    # and the group's hidden states stay in L2 for the whole walk.
-    pid = tl.program_id(0)
-    num_n_tiles = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_N * num_splits)
-    first_tile = group * GROUP_N
-    group_size = tl.minimum(num_n_tiles - first_tile, GROUP_N)
-    rest = pid - group * (GROUP_N * num_splits)
-    n_tile = first_tile + rest % group_size
-    split = rest // group_size
-
+    n_tile, split = work_item(tl.program_id(0), N, num_splits, BLOCK_N, GROUP_N)
     offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
     # Rows past the end read the last row instead; their results are not stored.
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    targets = tl.load(targets_ptr + rows)
+    targets = tl.load(targets_ptr + rows).to(tl.int64)
     hidden_rows = hidden_ptr + rows[:, None] * stride_hn + offs_h[None, :].to(tl.int64) * stride_hh
 
     row_max = tl.full((BLOCK_N,), LOWEST, tl.float32)
@@ -122,8 +255,8 @@ def linear_logprob_kernel(
     first_v_tile = split * tiles_per_split
     last_v_tile = tl.minimum(first_v_tile + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for v_tile in range(first_v_tile, last_v_tile):
-        offs_v = v_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        columns = tl.minimum(offs_v, V - 1).to(tl.int64)
+        start = v_tile * BLOCK_V
+        columns = tl.minimum(start + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
         hidden_ptrs = hidden_rows
         weight_ptrs = weight_ptr + columns[None, :] * stride_wv + offs_h[:, None].to(tl.int64) * stride_wh
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -142,24 +275,21 @@ def linear_logprob_kernel(
             hidden_ptrs += BLOCK_H * stride_hh
             weight_ptrs += BLOCK_H * stride_wh
 
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns * stride_b).to(tl.float32)[None, :]
-        logits = to_logits(product, bias, LOGIT_SCALE, SOFTCAP, HAS_BIAS)
-        # Columns past the vocabulary are -inf before they can take part in a maximum.
-        logits = tl.where(offs_v[None, :] < V, logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(logits - new_max[:, None]), axis=1)
-        row_max = new_max
-        is_target = offs_v[None, :] == targets[:, None]
-        target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-
-    partial = partial_ptr + tl.cast(split, tl.int64) * N + offs_n
-    in_rows = offs_n < N
-    plane = tl.cast(num_splits, tl.int64) * N
-    tl.store(partial, row_max, mask=in_rows)
-    tl.store(partial + plane, row_sum, mask=in_rows)
-    tl.store(partial + 2 * plane, target_logit, mask=in_rows)
+        row_max, row_sum, target_logit = add_tile(
+            row_max,
+            row_sum,
+            target_logit,
+            product,
+            start,
+            targets,
+            bias_ptr,
+            V,
+            LOGIT_SCALE,
+            SOFTCAP,
+            HAS_BIAS,
+            BLOCK_V,
+        )
+    store_partial(partial_ptr, row_max, row_sum, target_logit, n_tile, split, N, num_splits, BLOCK_N)
 
 
 @triton.jit
@@ -185,7 +315,7 @@ def combine_splits_kernel(
         split_sum = tl.load(partial + plane, mask=in_rows, other=1.0)
         target_logit += tl.load(partial + 2 * plane, mask=in_rows, other=0.0)
         new_max = tl.maximum(row_max, split_max)
-        row_sum = row_sum * tl.exp(row_max - new_max) + split_sum * tl.exp(split_max - new_max)
+        row_sum = row_sum * exp(row_max - new_max) + split_sum * exp(split_max - new_max)
         row_max = new_max
     log_sum = tl.log(row_sum)
     targets = tl.load(targets_ptr + offs_n, mask=in_rows, other=0)
@@ -202,11 +332,12 @@ def choose_splits(num_n_tiles: int, num_v_tiles: int, processors: int) -> tuple[
     The longest-lived processor runs ceil(row tiles * P / processors) programs of ceil(column tiles / P) tiles. A tie
     goes to fewer splits. A function of shapes and the device alone, so the bits are the same on every run.
     """
+    most = max(1, min(num_v_tiles, MAX_ITEMS_PER_PROCESSOR * processors // num_n_tiles))
 
     def busy(splits: int) -> int:
         return triton.cdiv(num_n_tiles * splits, processors) * triton.cdiv(num_v_tiles, splits)
 
-    splits = min(range(1, min(MAX_SPLITS, num_v_tiles) + 1), key=busy)
+    splits = min(range(1, most + 1), key=busy)
     tiles = triton.cdiv(num_v_tiles, splits)
     return triton.cdiv(num_v_tiles, tiles), tiles
 
@@ -215,17 +346,28 @@ def tile_kind(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> str
     """Which column of TILES serves these operands.
 
     ``fp32``: fp32 hidden states. ``16-bit``: both operands; ``16-bit capped``: with a softcap, whose tanh needs
-    registers. ``mixed``: 16-bit hidden states and an fp32 weight, rounded tile by tile. ``16-bit odd``: 16-bit hidden
-    states where rows cannot be read 16 bytes at a time: elements pass through registers one by one, which leaves room
-    for a small tile only.
+    registers. ``mixed``: 16-bit hidden states and an fp32 weight, rounded tile by tile. ``odd``: rows that cannot be
+    read 16 bytes at a time; elements pass through registers one by one, which leaves room for a small tile only.
     """
+    aligned = all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
     if hidden.element_size() == 4:
-        return "fp32"
-    if not all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight)):
+        return "fp32" if aligned else "fp32 odd"
+    if not aligned:
         return "16-bit odd"
     if weight.element_size() == 4:
         return "mixed"
     return "16-bit capped" if softcap > 0 else "16-bit"
+
+
+def suits_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read these rows: aligned, apart by a multiple of 16 bytes, distinct."""
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    return (
+        tensor.stride(1) == 1
+        and row_bytes % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) >= tensor.shape[1] > 0
+    )
 
 
 def linear_logprob_forward(
@@ -259,38 +401,49 @@ def linear_logprob_forward(
     if N == 0:
         return logps, lse
     targets = targets.contiguous()
-    tile = TILES[architecture(hidden.device), tile_kind(hidden, weight, softcap_value)]
+    bias = None if bias is None else bias.contiguous()
+    device = architecture(hidden.device)
+    by_descriptor = (
+        (device, "plain") in DESCRIPTOR_TILES
+        and hidden.dtype == weight.dtype != torch.float32
+        and suits_descriptor(hidden)
+        and suits_descriptor(weight)
+    )
+    if by_descriptor:
+        plain = bias is None and softcap is None
+        tile = DESCRIPTOR_TILES[device, "plain" if plain else "bias or softcap"]
+    else:
+        tile = TILES[device, tile_kind(hidden, weight, softcap_value)]
     num_n_tiles = triton.cdiv(N, tile.block_n)
-    num_splits, tiles_per_split = choose_splits(
-        num_n_tiles, triton.cdiv(V, tile.block_v), num_processors(hidden.device)
-    )
+    processors = num_processors(hidden.device)
+    num_splits, tiles_per_split = choose_splits(num_n_tiles, triton.cdiv(V, tile.block_v), processors)
     partial = torch.empty(3, num_splits, N, dtype=torch.float32, device=hidden.device)
-    linear_logprob_kernel[(num_n_tiles * num_splits,)](
-        hidden,
-        weight,
-        bias,
-        targets,
-        partial,
-        N,
-        V,
-        H,
-        num_splits,
-        tiles_per_split,
-        *hidden.stride(),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        LOGIT_SCALE=float(logit_scale),
-        SOFTCAP=softcap_value,
-        HAS_BIAS=bias is not None,
-        EVEN_H=H % tile.block_h == 0,
-        UPCAST=interpreted(),
-        BLOCK_N=tile.block_n,
-        BLOCK_V=tile.block_v,
-        BLOCK_H=tile.block_h,
-        GROUP_N=tile.group_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    settings = {
+        "LOGIT_SCALE": float(logit_scale),
+        "SOFTCAP": softcap_value,
+        "HAS_BIAS": bias is not None,
+        "UPCAST": interpreted(),
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_H": tile.block_h,
+        "GROUP_N": tile.group_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    sizes = (N, V, H, num_splits, tiles_per_split)
+    items = num_n_tiles * num_splits
+    if by_descriptor:
+        hidden_desc = TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h])
+        weight_desc = TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h])
+        linear_logprob_tma_kernel[(min(items, processors),)](
+            hidden_desc, weight_desc, bias, targets, partial, *sizes, **settings
+        )
+    else:
+        strides = (*hidden.stride(), *weight.stride())
+        even = H % tile.block_h == 0
+        linear_logprob_kernel[(items,)](
+            hidden, weight, bias, targets, partial, *sizes, *strides, EVEN_H=even, **settings
+        )
     combine_splits_kernel[(triton.cdiv(N, BLOCK_COMBINE),)](
         partial, targets, logps, lse, N, V, num_splits, BLOCK_N=BLOCK_COMBINE, num_warps=4
     )
