@@ -1,13 +1,16 @@
-"""D2O of every prompt and its derivative by each response's log-probability, from token log-probabilities.
+"""The loss of every prompt and its derivative by each response's log-probability, from token log-probabilities.
 
 Shapes: n packed response tokens, S responses, G prompts, K anchors of one prompt; the negative is first of its prompt.
 
     logp_s  = sum of the response's token log-probabilities,   D_s = logp_s - ref_s,   A = mean of D over the K anchors
-    chosen  = beta * A,   rejected = alpha * D_negative,   z = chosen - rejected
-    loss    = (softplus(-z) - anchor_weight * A) / num_prompts                        (paper, Eq. 3; anchor_weight ours)
+    chosen  = beta * A,   rejected = alpha * D_negative,   z = chosen - rejected           (K = 0: A = 0)
+    loss    = (gate * softplus(-z) + negative_weight * D_negative - anchor_weight * A) / num_prompts
 
-    dloss/dlogp_anchor   = -(beta * sigmoid(-z) + anchor_weight) / (K * num_prompts)
-    dloss/dlogp_negative =  alpha * sigmoid(-z) / num_prompts
+    dloss/dlogp_negative =  (alpha * gate * sigmoid(-z) + negative_weight) / num_prompts
+    dloss/dlogp_anchor   = -(beta * gate * sigmoid(-z) + anchor_weight) / (K * num_prompts)
+
+D2O is gate 1 and no weights (paper, Eq. 3). With K = 1, DPO is the same; with K = 0, a gate of 2 / beta and beta for
+alpha it is NPO; gate 0 and a negative_weight of 1 is gradient ascent on the negative's loss.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ def group_loss_kernel(
     beta,
     anchor_weight,
     num_prompts,
+    negative_weight,
+    gate,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """One program, one prompt. Sums and loss are in fp64: they are few numbers, and z is a difference of large ones."""
@@ -58,7 +63,7 @@ def group_loss_kernel(
         log_ratio = logp - tl.load(ref_logps_ptr + s).to(tl.float64)
         negative = tl.where(s == first, log_ratio, negative)
         total += tl.where(s == first, 0.0, log_ratio)
-    anchors = total / num_anchors
+    anchors = total / tl.maximum(num_anchors, 1.0)  # a prompt without anchors has none to sum: 0
     chosen = anchors * beta
     rejected = negative * alpha
     z = chosen - rejected
@@ -69,10 +74,14 @@ def group_loss_kernel(
     # exp of a number that is never positive: neither overflows, whatever z is.
     small = tl.exp(-tl.abs(z))
     softplus = tl.maximum(-z, 0.0) + tl.log(1.0 + small)
-    gate = tl.where(z > 0, small, 1.0) / (1.0 + small)  # sigmoid(-z)
-    tl.store(losses_ptr + g, ((softplus - anchors * anchor_weight) / num_prompts).to(tl.float32))
-    anchor_coef = -(gate * beta + anchor_weight) / (num_anchors * num_prompts)
-    negative_coef = gate * alpha / num_prompts
+    sigmoid = tl.where(z > 0, small, 1.0) / (1.0 + small)  # sigmoid(-z)
+    # A gate of zero switches its term off, not even an infinite z gets through.
+    gated_loss = tl.where(gate == 0.0, 0.0, softplus * gate)
+    gated_slope = tl.where(gate == 0.0, 0.0, sigmoid * gate)
+    loss = gated_loss + negative * negative_weight - anchors * anchor_weight
+    tl.store(losses_ptr + g, (loss / num_prompts).to(tl.float32))
+    anchor_coef = -(gated_slope * beta + anchor_weight) / (tl.maximum(num_anchors, 1.0) * num_prompts)
+    negative_coef = (gated_slope * alpha + negative_weight) / num_prompts
     for s in range(first, end):
         tl.store(coef_ptr + s, tl.where(s == first, negative_coef, anchor_coef).to(tl.float32))
 
@@ -86,6 +95,8 @@ def group_loss(
     beta: float,
     anchor_weight: float,
     num_prompts: int,
+    negative_weight: float = 0.0,
+    gate: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logps (S,), chosen (G,), rejected (G,), margins (G,), losses (G,), response_coef (S,)), all fp32, in nats.
 
@@ -96,10 +107,13 @@ def group_loss(
     Args:
         token_logps: (n,) fp32, responses back to back.
         cu_seqlens: (S+1,) int32 on the device: where each response starts and ends in ``token_logps``.
-        cu_groups: (G+1,) int32 on the device: which responses belong to each prompt; at least two, the negative first.
+        cu_groups: (G+1,) int32 on the device: which responses belong to each prompt; the negative first.
             Both come from a ``ResponseLayout``, which has checked them; they are not read on the host here.
         ref_logps: (S,) fp32 reference log-probability of each response.
+        anchor_weight: of the anchors' mean log-ratio, subtracted without a gate.
         num_prompts: the mean's denominator.
+        negative_weight: of the negative's log-ratio, added without a gate.
+        gate: of softplus(-z); zero switches the term off exactly.
 
     Raises:
         TypeError, ValueError: other dtypes or shapes, tensors on several devices, num_prompts below 1.
@@ -115,7 +129,7 @@ def group_loss(
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have one dimension, not shape {tuple(tensor.shape)}")
     S, G = cu_seqlens.shape[0] - 1, cu_groups.shape[0] - 1
-    if G < 1 or ref_logps.shape[0] != S or 2 * G > S:
+    if G < 1 or ref_logps.shape[0] != S or G > S:
         raise ValueError(f"{S} responses of {G} prompts cannot have {ref_logps.shape[0]} reference log-probabilities")
     if num_prompts < 1:
         raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
@@ -138,6 +152,8 @@ def group_loss(
         float(beta),
         float(anchor_weight),
         num_prompts,
+        float(negative_weight),
+        float(gate),
         BLOCK_TOKENS=BLOCK_TOKENS,
         num_warps=4,
     )
