@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.shapes import Problem
-from d2o_fast.ops import choose_path, fused_d2o_loss, linear_logprob
+from d2o_fast.ops import choose_engine, fused_d2o_loss, linear_logprob
 from d2o_fast.reference import naive_linear_logprob
 
 ALPHA = BETA = 0.1
@@ -84,7 +84,7 @@ def refuse_softcap(problem: Problem) -> None:
 
 
 def ours(problem: Problem, workspace_bytes: int | None = None) -> Functions:
-    path = choose_path("auto", problem.hidden).name
+    path = choose_engine("auto", problem.hidden).name
     options: dict[str, Any] = {"softcap": problem.softcap}
     if workspace_bytes is not None:
         options["workspace_bytes"] = workspace_bytes

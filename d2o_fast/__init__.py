@@ -6,15 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from d2o_fast.layout import ResponseLayout
-from d2o_fast.ops import fused_d2o_loss, linear_logprob
-from d2o_fast.reference import D2OOutput, d2o_loss
+from d2o_fast.ops import fused_d2o_loss, fused_margin_loss, linear_logprob
+from d2o_fast.reference import D2OOutput, Margin, d2o_loss
 
 if TYPE_CHECKING:
     from d2o_fast.config import D2OConfig
     from d2o_fast.trainer import D2OTrainer
 
 __version__ = "0.1.0"
-__all__ = ["D2OConfig", "D2OOutput", "D2OTrainer", "ResponseLayout", "d2o_loss", "fused_d2o_loss", "linear_logprob"]
+__all__ = [
+    "D2OConfig",
+    "D2OOutput",
+    "D2OTrainer",
+    "Margin",
+    "ResponseLayout",
+    "d2o_loss",
+    "fused_d2o_loss",
+    "fused_margin_loss",
+    "linear_logprob",
+]
 
 _LAZY = {"D2OConfig": "d2o_fast.config", "D2OTrainer": "d2o_fast.trainer"}  # these import transformers
 

@@ -197,7 +197,7 @@ def _sample(config: D2OConfig) -> int:
     import torch
 
     from d2o_fast.models import load_tokenizer
-    from d2o_fast.ops import choose_path
+    from d2o_fast.ops import choose_engine
     from d2o_fast.prepare import initial_model, open_store, read_datasets
 
     train, held_out = read_datasets(config)
@@ -210,7 +210,7 @@ def _sample(config: D2OConfig) -> int:
         seconds = time.perf_counter() - started
         examples = store.examples()
         anchors = [ids for example in examples for ids in example.anchor_ids]
-        path = choose_path("auto", torch.empty(0, device=model.device)).name
+        path = choose_engine("auto", torch.empty(0, device=model.device)).name
         print(
             f"{name}: {len(examples)} negatives of {_mean(e.rejected_ids for e in examples):.1f} tokens, "
             f"{len(anchors)} anchors of {_mean(anchors):.1f}, prompts of {_mean(e.prompt_ids for e in examples):.1f}; "

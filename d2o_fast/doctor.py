@@ -15,7 +15,7 @@ import torch
 
 from d2o_fast.attention import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.errors import D2OError
-from d2o_fast.ops import choose_path
+from d2o_fast.ops import choose_engine
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")
 
@@ -89,12 +89,12 @@ def _loss() -> dict[str, Any]:
     probe = torch.empty(0, device=_device())
     others = {}
     try:
-        runs = choose_path("auto", probe).name
+        runs = choose_engine("auto", probe).name
     except (ImportError, ValueError) as error:  # on a GPU without Triton nothing runs unless torch is asked for
         return {"runs": "none", "not": {"triton": str(error), "torch": "only where it is asked for by name"}}
     if runs == "torch":
         try:
-            choose_path("triton", probe)
+            choose_engine("triton", probe)
             others["triton"] = "this is Triton's interpreter (TRITON_INTERPRET=1), for tests only"
         except (ImportError, ValueError) as error:
             others["triton"] = str(error)

@@ -15,12 +15,13 @@ import torch
 
 @dataclass(frozen=True)
 class ResponseLayout:
-    """Host-side description of a packed batch of G prompts with one negative and K >= 1 anchors each.
+    """Host-side description of a packed batch of G prompts, each with one negative and its K anchors.
 
     Args:
         cu_seqlens: S + 1 offsets into the N packed tokens, starting at 0 and strictly increasing (as in
             FlashAttention's varlen calls). A sequence of ints or an integer tensor on the CPU.
-        cu_groups: G + 1 offsets into the S responses, starting at 0; every prompt has at least two responses.
+        cu_groups: G + 1 offsets into the S responses, starting at 0.
+        min_anchors: fewest anchors of a prompt: 1 for D2O; 0 lets NPO and gradient ascent have negatives alone.
 
     Raises:
         TypeError: offsets that live on a device; reading them would force a synchronisation.
@@ -33,7 +34,13 @@ class ResponseLayout:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def __init__(self, cu_seqlens: Sequence[int] | torch.Tensor, cu_groups: Sequence[int] | torch.Tensor) -> None:
+    def __init__(
+        self,
+        cu_seqlens: Sequence[int] | torch.Tensor,
+        cu_groups: Sequence[int] | torch.Tensor,
+        *,
+        min_anchors: int = 1,
+    ) -> None:
         object.__setattr__(self, "cu_seqlens", _host_offsets(cu_seqlens, "cu_seqlens"))
         object.__setattr__(self, "cu_groups", _host_offsets(cu_groups, "cu_groups"))
         object.__setattr__(self, "_cache", {})
@@ -44,10 +51,10 @@ class ResponseLayout:
                     "every response needs at least one"
                 )
         for g, (start, end) in enumerate(zip(self.cu_groups, self.cu_groups[1:], strict=False)):
-            if end - start < 2:
+            if end - start < 1 + min_anchors:
                 raise ValueError(
                     f"cu_groups: prompt {g} has {end - start} response(s); "
-                    "it needs its negative and at least one anchor"
+                    f"it needs its negative and at least {'one anchor' if min_anchors == 1 else min_anchors}"
                 )
         if self.cu_groups[-1] != len(self.cu_seqlens) - 1:
             raise ValueError(
@@ -55,14 +62,14 @@ class ResponseLayout:
             )
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[Sequence[int]]) -> ResponseLayout:
+    def from_lengths(cls, lengths: Sequence[Sequence[int]], *, min_anchors: int = 1) -> ResponseLayout:
         """``lengths[g] = [negative, anchor_1, .. anchor_K]``: tokens of each response of prompt ``g``."""
         cu_seqlens, cu_groups = [0], [0]
         for group in lengths:
             for length in group:
                 cu_seqlens.append(cu_seqlens[-1] + int(length))
             cu_groups.append(cu_groups[-1] + len(group))
-        return cls(cu_seqlens, cu_groups)
+        return cls(cu_seqlens, cu_groups, min_anchors=min_anchors)
 
     @property
     def num_tokens(self) -> int:

@@ -7,31 +7,29 @@ products with a trainable head, two with a frozen one, one where nothing needs a
 any upstream gradient and computes the logits a second time for it.
 
 Memory beyond inputs and returned gradients: ``workspace_bytes`` of logits; one fp32 accumulator of the weight's size
-when the weight itself is trained in a 16-bit dtype; a second one when several prompts of the batch exceed the
-workspace (or one does, and ``anchor_weight`` is not 0); for such a prompt, fp32 dHidden of its tokens; with a 16-bit
-``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
+when the weight itself is trained in a 16-bit dtype and the batch does not fit one workspace; a second one when several
+prompts of the batch exceed the workspace (or one does, and ``anchor_weight`` is not 0); for such a prompt, fp32 dHidden
+of its tokens; with a 16-bit ``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from d2o_fast import torch_path
-from d2o_fast.chunked import Coefficients, D2OWalk, Head, Path, Totals, Walk
+from d2o_fast.chunked import Engine, Head, MarginWalk, Needs
 from d2o_fast.layout import ResponseLayout
 from d2o_fast.products import exact_products, wide_dtype
-from d2o_fast.reference import D2OOutput
+from d2o_fast.reference import D2OOutput, Margin
+from d2o_fast.torch_path import TorchEngine
 
 #: Default ``workspace_bytes`` by device type. A GPU's holds 12 responses of 128 tokens at V = 128256 whole; a CPU's
 #: gives chunks of some hundred tokens, past which its products grow no faster.
-WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 768 << 20}
-
-TORCH = Path("torch", torch_path.logit_stats, torch_path.logit_grad_, torch_path.group_loss, None)
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 768 << 20}
 
 
 @torch._disable_dynamo
@@ -61,16 +59,16 @@ def linear_logprob(
         softcap: tanh cap of the logits (Gemma 2), > 0.
         logit_scale: factor on the logits before the cap (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
         backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
-        workspace_bytes: most bytes of fp32 logits in memory at a time; default 128 MiB on a CPU, 768 MiB on a GPU.
+        workspace_bytes: most bytes of fp32 logits in memory at a time; default 256 MiB on a CPU, 768 MiB on a GPU.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
     """
     head = Head(weight, bias, softcap, float(logit_scale))
     _check(hidden, head, targets)
-    path = choose_path(backend, hidden)
+    engine = choose_engine(backend, hidden)
     workspace = _workspace(workspace_bytes, hidden.device)
-    return _LinearLogprob.apply(hidden, weight, bias, targets, path, softcap, float(logit_scale), workspace)
+    return _LinearLogprob.apply(hidden, weight, bias, targets, engine, softcap, float(logit_scale), workspace)
 
 
 @torch._disable_dynamo
@@ -88,6 +86,7 @@ def fused_d2o_loss(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    grad_filter_eps: float | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> D2OOutput:
@@ -106,65 +105,102 @@ def fused_d2o_loss(
         alpha, beta: weights of the negative and of the anchors.
         anchor_weight: lambda of the ungated anchor term (ours; 0 is the paper).
         num_prompts: the mean's denominator: G, or all prompts of the accumulated batch.
+        grad_filter_eps: None computes the gradient exactly. Otherwise a vocabulary column of a chunk's E takes part in
+            no product if every entry is at most ``eps * |c_n|``, ``c_n`` the derivative of the loss by the token's
+            log-probability: entry by entry, dHidden of token n is then off by at most
+            ``eps * |c_n| * sum_v |weight_v|`` over the columns left out, and a row of dWeight that is left out by at
+            most ``eps * sum_n |c_n| |hidden_n|``. The loss, and dBias, are exact all the same.
 
     Returns:
         loss () with the gradient; detached: logps (S,), chosen_rewards, rejected_rewards and margins (G,); path, the
-        one that ran. All fp32 (fp64 for fp64 ``hidden``).
+        one that ran; skipped, the share of the gradient's products that ``grad_filter_eps`` left out. All fp32 (fp64
+        for fp64 ``hidden``).
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
     """
+    return fused_margin_loss(
+        hidden,
+        weight,
+        targets,
+        layout,
+        ref_logps,
+        Margin(alpha, beta, anchor_weight),
+        num_prompts=num_prompts,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        grad_filter_eps=grad_filter_eps,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+@torch._disable_dynamo
+def fused_margin_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    layout: ResponseLayout,
+    ref_logps: torch.Tensor,
+    margin: Margin,
+    *,
+    num_prompts: int | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_filter_eps: float | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> D2OOutput:
+    """Any loss of one margin per prompt in one pass, as ``fused_d2o_loss``: ``Margin.dpo(beta)`` for pairs,
+    ``Margin.npo(beta)`` and ``Margin.gradient_ascent()`` for negatives alone (a layout with ``min_anchors=0``).
+
+    Args:
+        margin: the loss; see ``Margin`` for its formula.
+        hidden, weight, ...: as for ``fused_d2o_loss``.
+
+    Raises:
+        TypeError, ValueError: as ``fused_d2o_loss``; anchors weighed where a prompt has none.
+    """
     head = Head(weight, bias, softcap, float(logit_scale))
     _check(hidden, head, targets)
-    if not isinstance(layout, ResponseLayout):
-        raise TypeError(f"layout must be a ResponseLayout, not {type(layout).__name__}")
-    if layout.num_tokens != hidden.shape[0]:
-        raise ValueError(f"layout describes {layout.num_tokens} tokens, hidden has {hidden.shape[0]}")
-    if ref_logps.shape != (layout.num_responses,) or not ref_logps.is_floating_point():
+    num_prompts = _check_prompts(hidden, layout, ref_logps, margin, num_prompts)
+    if grad_filter_eps is not None and not 0 <= grad_filter_eps < 1:
+        raise ValueError(f"grad_filter_eps is {grad_filter_eps}; it must lie in [0, 1), or be None for no filter")
+    engine = choose_engine(backend, hidden)
+    if grad_filter_eps is not None and engine is TorchEngine and hidden.device.type != "cpu":
         raise ValueError(
-            f"ref_logps must be floating point ({layout.num_responses},), one number per response; "
-            f"found {ref_logps.dtype} {tuple(ref_logps.shape)}"
+            "grad_filter_eps on a GPU needs the Triton kernels, which backend='torch' and float64 rule out"
         )
-    if ref_logps.device != hidden.device:
-        raise ValueError(f"ref_logps is on {ref_logps.device}, hidden on {hidden.device}")
-    num_prompts = layout.num_prompts if num_prompts is None else num_prompts
-    if num_prompts < 1:
-        raise ValueError(f"num_prompts is {num_prompts}; it divides the sum over prompts and must be at least 1")
-    for name, value in (("alpha", alpha), ("beta", beta), ("anchor_weight", anchor_weight)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
-    path = choose_path(backend, hidden)
-    coefficients = Coefficients(float(alpha), float(beta), float(anchor_weight), int(num_prompts))
-    wide_ref = ref_logps.detach().to(wide_dtype(hidden.dtype))
-    workspace = _workspace(workspace_bytes, hidden.device)
-    tracked = torch.is_grad_enabled()
-    results = _FusedD2OLoss.apply(
+    loss, logps, chosen, rejected, margins, skipped = _FusedMarginLoss.apply(
         hidden,
         weight,
         bias,
         targets,
-        path,
-        softcap,
-        float(logit_scale),
-        workspace,
+        engine,
+        head,
+        _workspace(workspace_bytes, hidden.device),
+        grad_filter_eps,
         layout,
-        wide_ref,
-        coefficients,
-        tracked,
+        ref_logps.detach().to(wide_dtype(hidden.dtype)),
+        Margin(*map(float, margin)),
+        num_prompts,
+        torch.is_grad_enabled(),
     )
-    loss, logps, chosen, rejected, margins = results
-    return D2OOutput(loss, logps, chosen, rejected, margins, path.name)
+    return D2OOutput(loss, logps, chosen, rejected, margins, engine.name, None if grad_filter_eps is None else skipped)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, path: Path, *options: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, engine: type[Engine], *options: Any
+    ) -> torch.Tensor:
         softcap, logit_scale, workspace = options
-        head = Head(weight, bias, softcap, logit_scale)
         with exact_products(hidden.device, hidden.dtype):
-            logps, lse = Walk(path, hidden, head, targets, workspace).score()
+            logps, lse = engine(hidden, Head(weight, bias, softcap, logit_scale), targets, workspace).score()
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        ctx.path, ctx.options = path, options
+        ctx.engine, ctx.options = engine, options
         return logps
 
     @staticmethod
@@ -172,19 +208,13 @@ class _LinearLogprob(torch.autograd.Function):
         _refuse_double_backward("linear_logprob")
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         softcap, logit_scale, workspace = ctx.options
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        walk = Walk(ctx.path, hidden, Head(weight, bias, softcap, logit_scale), targets, workspace)
-        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-        totals = Totals.of(walk.head, walk.wide, needs_weight, needs_bias)
+        engine = ctx.engine(hidden, Head(weight, bias, softcap, logit_scale), targets, workspace)
         with exact_products(hidden.device, hidden.dtype):
-            walk.gradient(lse, dlogps.contiguous(), dhidden, totals)
-        totals.zero_if_fresh()
-        dweight = None if totals.weight is None else totals.weight.to(weight.dtype)
-        dbias = None if totals.bias is None else totals.bias.to(bias.dtype)
-        return dhidden, dweight, dbias, *[None] * 5
+            gradients = engine.gradient(lse, dlogps.contiguous(), Needs(*ctx.needs_input_grad[:3]))
+        return *gradients, *[None] * 5
 
 
-class _FusedD2OLoss(torch.autograd.Function):
+class _FusedMarginLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -192,34 +222,36 @@ class _FusedD2OLoss(torch.autograd.Function):
         weight: Any,
         bias: Any,
         targets: Any,
-        path: Path,
-        softcap: float | None,
-        logit_scale: float,
+        engine_class: type[Engine],
+        head: Head,
         workspace: int,
+        grad_filter_eps: float | None,
         layout: ResponseLayout,
         ref_logps: torch.Tensor,
-        coefficients: Coefficients,
+        margin: Margin,
+        num_prompts: int,
         tracked: bool,
     ) -> tuple[torch.Tensor, ...]:
-        head = Head(weight, bias, softcap, logit_scale)
-        walk = D2OWalk(path, hidden, head, targets, workspace, layout, ref_logps, coefficients)
-        needs_hidden, needs_weight, needs_bias = (tracked and needed for needed in ctx.needs_input_grad[:3])
+        head = replace(head, weight=weight, bias=bias)
+        engine = engine_class(hidden, head, targets, workspace, grad_filter_eps)
+        walk = MarginWalk(engine, layout, ref_logps, margin, num_prompts)
+        needs = Needs(*(tracked and needed for needed in ctx.needs_input_grad[:3]))
         with exact_products(hidden.device, hidden.dtype):
-            if needs_hidden or needs_weight or needs_bias:
-                dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-                totals = Totals.of(head, walk.wide, needs_weight, needs_bias)
-                walk.loss_and_gradient(dhidden, totals)
+            if any(needs):
+                dhidden, totals = walk.loss_and_gradient(needs)
                 ctx.save_for_backward(dhidden, totals.weight, totals.bias)
                 ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
             else:
                 walk.loss()
-        results = (walk.logps, walk.chosen, walk.rejected, walk.margins)
+        products = hidden.shape[0] * weight.shape[0]
+        skipped = 1.0 - torch.as_tensor(engine.kept, device=hidden.device).to(walk.losses.dtype) / max(1, products)
+        results = (walk.logps, walk.chosen, walk.rejected, walk.margins, skipped)
         ctx.mark_non_differentiable(*results)
         return walk.losses.sum(), *results
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
-        _refuse_double_backward("fused_d2o_loss")
+        _refuse_double_backward("the fused loss")
         # The stored gradients are this node's own: they are scaled in place unless the graph is kept for another
         # backward.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -227,7 +259,7 @@ class _FusedD2OLoss(torch.autograd.Function):
             None if grad is None else _scaled(grad, dloss, dtype, keep)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, *[None] * 9
+        return *gradients, *[None] * 10
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
@@ -244,8 +276,8 @@ def _refuse_double_backward(name: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated twice: call backward or grad without create_graph=True")
 
 
-def choose_path(backend: str, hidden: torch.Tensor) -> Path:
-    """The path that ``backend`` names: "auto" is Triton for fp32, bf16 and fp16 on a GPU, and torch for all else.
+def choose_engine(backend: str, hidden: torch.Tensor) -> type[Engine]:
+    """The engine that ``backend`` names: "auto" is Triton for fp32, bf16 and fp16 on a GPU, and torch for all else.
 
     Raises:
         ValueError: an unknown name, or Triton asked for where it cannot run.
@@ -255,7 +287,7 @@ def choose_path(backend: str, hidden: torch.Tensor) -> Path:
         raise ValueError(f"backend is {backend!r}; it must be 'auto', 'torch' or 'triton'")
     on_gpu, is_double = hidden.device.type == "cuda", hidden.dtype == torch.float64
     if backend == "torch" or (backend == "auto" and (not on_gpu or is_double)):
-        return TORCH
+        return TorchEngine
     if is_double:
         raise ValueError("backend='triton' computes in fp32; float64 tensors need backend='torch'")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -264,15 +296,39 @@ def choose_path(backend: str, hidden: torch.Tensor) -> Path:
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     try:
-        grad, loss, forward = (
-            importlib.import_module(f"d2o_fast.kernels.{name}")
-            for name in ("logit_grad", "group_loss", "linear_logprob")
-        )
+        from d2o_fast.triton_path import TritonEngine
     except ImportError as error:
         raise ImportError(
             f"the Triton kernels cannot be loaded ({error}); backend='torch' runs without them"
         ) from error
-    return Path("triton", grad.logit_stats, grad.logit_grad_, loss.group_loss, forward.linear_logprob_forward)
+    return TritonEngine
+
+
+def _check_prompts(
+    hidden: torch.Tensor, layout: ResponseLayout, ref_logps: torch.Tensor, margin: Margin, num_prompts: int | None
+) -> int:
+    """Everything about prompts and coefficients; returns the mean's denominator."""
+    if not isinstance(layout, ResponseLayout):
+        raise TypeError(f"layout must be a ResponseLayout, not {type(layout).__name__}")
+    if layout.num_tokens != hidden.shape[0]:
+        raise ValueError(f"layout describes {layout.num_tokens} tokens, hidden has {hidden.shape[0]}")
+    if ref_logps.shape != (layout.num_responses,) or not ref_logps.is_floating_point():
+        raise ValueError(
+            f"ref_logps must be floating point ({layout.num_responses},), one number per response; "
+            f"found {ref_logps.dtype} {tuple(ref_logps.shape)}"
+        )
+    if ref_logps.device != hidden.device:
+        raise ValueError(f"ref_logps is on {ref_logps.device}, hidden on {hidden.device}")
+    num_prompts = layout.num_prompts if num_prompts is None else int(num_prompts)
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts is {num_prompts}; it divides the sum over prompts and must be at least 1")
+    for name, value in margin._asdict().items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
+    if (margin.beta or margin.anchor_weight) and min(layout.num_anchors) == 0:
+        g = layout.num_anchors.index(0)
+        raise ValueError(f"prompt {g} has no anchors, and the loss weighs them (beta or anchor_weight is not 0)")
+    return num_prompts
 
 
 def _workspace(workspace_bytes: int | None, device: torch.device) -> int:

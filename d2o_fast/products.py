@@ -1,15 +1,10 @@
-"""The three matrix products of a chunk, with fp32 results whatever the operands (fp64 for fp64).
+"""Matrix products with fp32 results whatever the operands (fp64 for fp64), and in no lower precision than asked for.
 
-Shapes: n tokens of the chunk, V vocabulary, H hidden. *Operand dtype*: that of ``hidden``; *wide*: fp32, or fp64 for
-fp64.
+*Operand dtype*: that of ``hidden``; *wide*: fp32, or fp64 for fp64.
 
-    logits  (n, V) = hidden (n, H) @ weight (V, H).T
-    dhidden (n, H) = E (n, V) @ weight (V, H)
-    dweight (V, H) += E (n, V).T @ hidden (n, H)
-
-On a GPU the vendor's GEMM takes 16-bit operands to fp32 results. A CPU's has no such form: there the 16-bit operand is
-widened block by block, and for bf16 oneDNN is asked to multiply fp32 tensors as bf16 with fp32 accumulation, which is
-exact for numbers that were bf16 to begin with.
+A GPU multiplies 16-bit operands to fp32 results. On a CPU torch has no such product. There 16-bit operands are
+widened, the weight block by block, and where they are bf16, oneDNN may round them to bf16 again if it multiplies that
+faster: exact, since the numbers were bf16 to begin with, and summed in fp32.
 """
 
 from __future__ import annotations
@@ -20,8 +15,6 @@ from typing import Any
 
 import torch
 
-BLOCK_BYTES = 8 << 20  # of widened weight that a CPU holds at a time
-
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else."""
@@ -30,7 +23,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def exact_products(device: torch.device, operand: torch.dtype) -> Iterator[None]:
-    """fp32 products are IEEE fp32 whatever the user allowed elsewhere; on a CPU, bf16 ones are multiplied as bf16.
+    """fp32 products are IEEE fp32 whatever the user allowed elsewhere; on a CPU, widened bf16 may be multiplied as
+    bf16.
 
     Sets torch's global fp32 matmul precision for the device and puts it back, also after an error. Autocast is off
     inside: it would choose other operands.
@@ -46,65 +40,22 @@ def exact_products(device: torch.device, operand: torch.dtype) -> Iterator[None]
         backend.fp32_precision = before
 
 
-def operand_weight(weight: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
-    """The weight as the products take it: on a GPU a copy in the operand dtype unless it has it already.
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether this device has bf16 products of its own. A CPU without them emulates them, far slower than fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    On a CPU the weight itself: blocks of it are converted as they are needed.
+
+def product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool = False) -> torch.Tensor:
+    """``out = left @ right``, or ``out += left @ right``; sums in fp32 (fp64), rounded once to ``out``'s dtype.
+
+    Args:
+        out: (m, n) wide or of the operands' dtype; wide if ``add``, and for operands of two dtypes.
+        left, right: (m, k) and (k, n) in the operand dtype, or wide where a CPU has widened them.
     """
-    return weight if weight.device.type == "cpu" else weight.to(operand)
-
-
-def logits_(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (n, V), wide, becomes the raw products."""
-    if _direct(hidden, weight):
-        return torch.mm(hidden, weight.T, out=out)
-    if hidden.device.type != "cpu":
-        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    hidden = hidden.to(out.dtype)
-    for start, block in _wide_blocks(weight, hidden.dtype):
-        torch.mm(hidden, block.T, out=out[:, start : start + block.shape[0]])
-    return out
-
-
-def dhidden_(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (n, H), wide, becomes ``grad @ weight``; ``grad`` (n, V) is wide or of the operand dtype."""
-    if _direct(grad, weight) and grad.dtype == out.dtype:
-        return torch.mm(grad, weight, out=out)
-    if grad.device.type != "cpu":
-        return torch.mm(grad, weight, out_dtype=out.dtype, out=out)
-    for start, block in _wide_blocks(weight, out.dtype):
-        part = grad[:, start : start + block.shape[0]].to(out.dtype)
-        if start == 0:
-            torch.mm(part, block, out=out)
-        else:
-            out.addmm_(part, block)
-    return out
-
-
-def add_dweight_(grad: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, *, fresh: bool) -> None:
-    """``out`` (V, H), wide, gains ``grad.T @ hidden``; ``fresh``: its memory holds nothing yet and is written over."""
-    if grad.device.type != "cpu" and grad.dtype != out.dtype:
-        if fresh:
-            torch.mm(grad.T, hidden, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, grad.T, hidden, out_dtype=out.dtype, out=out)
-        return
-    grad, hidden = grad.to(out.dtype), hidden.to(out.dtype)
-    if fresh:
-        torch.mm(grad.T, hidden, out=out)
-    else:
-        out.addmm_(grad.T, hidden)
-
-
-def _direct(left: torch.Tensor, weight: torch.Tensor) -> bool:
-    return left.dtype == weight.dtype and left.dtype in (torch.float32, torch.float64)
-
-
-def _wide_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    V, H = weight.shape
-    if weight.dtype == dtype:
-        yield 0, weight
-        return
-    step = max(1, BLOCK_BYTES // (H * dtype.itemsize))
-    for start in range(0, V, step):
-        yield start, weight[start : start + step].to(dtype)
+    if not left.dtype == right.dtype == out.dtype:
+        if out.device.type != "cpu" and left.dtype == right.dtype:
+            if add:
+                return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+            return torch.mm(left, right, out_dtype=out.dtype, out=out)
+        left, right = left.to(out.dtype), right.to(out.dtype)
+    return out.addmm_(left, right) if add else torch.mm(left, right, out=out)

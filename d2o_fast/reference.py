@@ -29,6 +29,38 @@ class D2OOutput(NamedTuple):
     rejected_rewards: torch.Tensor  #: (G,) alpha * [log pi - log ref+] of the negative
     margins: torch.Tensor  #: (G,) z = chosen_rewards - rejected_rewards
     path: str = "reference"  #: what computed it: "torch", "triton", or this file
+    skipped: torch.Tensor | None = None  #: () share of the gradient's products that ``grad_filter_eps`` left out
+
+
+class Margin(NamedTuple):
+    """A loss of one margin z per prompt, all of whose token coefficients are known up to sigmoid(-z).
+
+    With D(y) = log pi(y) - ref(y), and A the mean of D over a prompt's K anchors (0 if it has none)::
+
+        z = beta * A - alpha * D(negative)
+        L = -gate * log sigmoid(z) - anchor_weight * A + negative_weight * D(negative),   averaged over prompts
+    """
+
+    alpha: float
+    beta: float
+    anchor_weight: float = 0.0
+    negative_weight: float = 0.0
+    gate: float = 1.0
+
+    @classmethod
+    def dpo(cls, beta: float) -> Margin:
+        """DPO (arXiv 2305.18290, Eq. 7) of pairs: the rejected response, then the chosen one as the only anchor."""
+        return cls(alpha=beta, beta=beta)
+
+    @classmethod
+    def npo(cls, beta: float) -> Margin:
+        """NPO (arXiv 2404.05868, Eq. 3): negatives alone."""
+        return cls(alpha=beta, beta=0.0, gate=2.0 / beta)
+
+    @classmethod
+    def gradient_ascent(cls) -> Margin:
+        """The negatives' log-probability itself, which descent pushes down without a bound."""
+        return cls(alpha=0.0, beta=0.0, negative_weight=1.0, gate=0.0)
 
 
 def naive_linear_logprob(
@@ -87,13 +119,26 @@ def d2o_loss(
             prompt's loss, an anchor term that sigmoid(-z) does not gate.
         num_prompts: the mean's denominator; G unless the batch is accumulated over several calls.
     """
+    return margin_loss(logps, ref_logps, layout, Margin(alpha, beta, anchor_weight), num_prompts=num_prompts)
+
+
+def margin_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    layout: ResponseLayout,
+    margin: Margin,
+    *,
+    num_prompts: int | None = None,
+) -> D2OOutput:
+    """Any ``Margin`` from sequence log-probabilities; arguments as for ``d2o_loss``."""
     losses, chosen, rejected = [], [], []
     for first, end in zip(layout.cu_groups, layout.cu_groups[1:], strict=False):
         log_ratio = logps[first:end] - ref_logps[first:end]
-        anchors = log_ratio[1:].mean()
-        chosen.append(beta * anchors)
-        rejected.append(alpha * log_ratio[0])
-        losses.append(-F.logsigmoid(chosen[-1] - rejected[-1]) - anchor_weight * anchors)
+        anchors = log_ratio[1:].sum() / max(1, end - first - 1)
+        chosen.append(margin.beta * anchors)
+        rejected.append(margin.alpha * log_ratio[0])
+        gated = -margin.gate * F.logsigmoid(chosen[-1] - rejected[-1]) if margin.gate else 0.0
+        losses.append(gated - margin.anchor_weight * anchors + margin.negative_weight * log_ratio[0])
     chosen_rewards, rejected_rewards = torch.stack(chosen), torch.stack(rejected)
     return D2OOutput(
         loss=torch.stack(losses).sum() / (num_prompts or layout.num_prompts),

@@ -13,7 +13,7 @@ import torch
 
 from d2o_fast import doctor
 from d2o_fast.errors import D2OError
-from d2o_fast.ops import choose_path
+from d2o_fast.ops import choose_engine
 
 
 def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,7 +25,7 @@ def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str
     assert len(report["devices"]) == 1 + torch.cuda.device_count()
     assert set(report["paths"]) == {*("loss", "sampler", "attention", "prompts", "liger-kernel", "LoRA", "processes")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert report["paths"]["loss"]["runs"].startswith(choose_path("auto", torch.empty(0, device=device)).name)
+    assert report["paths"]["loss"]["runs"].startswith(choose_engine("auto", torch.empty(0, device=device)).name)
 
 
 def test_the_table_gives_a_reason_for_each_path_that_will_not_run() -> None:

@@ -73,17 +73,18 @@ def test_16_bit_results_and_dtypes(dtype: torch.dtype, rows: int | None) -> None
         assert max(relative_errors(found[name], exact[name])) < 6e-3, name
 
 
-@pytest.mark.parametrize("rows", [64, None], ids=["staged", "whole"])
+@pytest.mark.parametrize("rows", [30, None], ids=["staged", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_no_worse_than_eager(dtype: torch.dtype, rows: int | None) -> None:
     """Against fp64, by largest and by RMS error, beside the eager computation in the same dtype.
 
-    K from 1 to 13, odd V and H. A single largest error is a matter of luck, so the mean over four problems is compared.
+    K from 1 to 13, odd V and H. How a prompt's few coefficients round to bf16 is a matter of luck, and more so a single
+    largest error: the mean over 16 problems is compared.
     """
     lengths = [[9] + [3 + (5 * i) % 11 for i in range(K)] for K in (1, 13, 4)]
     ours: dict[str, list[tuple[float, float]]] = {}
     theirs: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(4):
+    for seed in range(16):
         p = problem(lengths, V=2003, H=97, bias=True, seed=seed)
         exact = run(naive_d2o_loss, p, torch.float64, through=dtype)
         eager = run(naive_d2o_loss, p, dtype)
