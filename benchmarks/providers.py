@@ -20,9 +20,10 @@ import torch.nn.functional as F
 
 from benchmarks.shapes import Problem
 from d2o_fast.ops import choose_engine, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_linear_logprob
+from d2o_fast.reference import D2OOutput, naive_linear_logprob
 
 ALPHA = BETA = 0.1
+FILTER_EPS = 2.0**-12  # the threshold of cce's own filter
 TokenLogps = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden (N, H), weight (V, H) -> (N,)
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden (N, H), weight (V, H) -> ()
 
@@ -83,17 +84,23 @@ def refuse_softcap(problem: Problem) -> None:
         raise Missing("has no softcap")
 
 
-def ours(problem: Problem, workspace_bytes: int | None = None) -> Functions:
+def ours(problem: Problem, workspace_bytes: int | None = None, grad_filter_eps: float | None = None) -> Functions:
     path = choose_engine("auto", problem.hidden).name
     options: dict[str, Any] = {"softcap": problem.softcap}
     if workspace_bytes is not None:
         options["workspace_bytes"] = workspace_bytes
 
+    def result(hidden: torch.Tensor, weight: torch.Tensor) -> D2OOutput:
+        arguments = (hidden, weight, problem.targets, problem.layout, problem.ref_logps)
+        return fused_d2o_loss(*arguments, alpha=ALPHA, beta=BETA, grad_filter_eps=grad_filter_eps, **options)
+
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = fused_d2o_loss(
-            hidden, weight, problem.targets, problem.layout, problem.ref_logps, alpha=ALPHA, beta=BETA, **options
-        )
-        return out.loss
+        return result(hidden, weight).loss
+
+    if grad_filter_eps is not None:
+        skipped = result(problem.hidden.detach().requires_grad_(), problem.weight.detach()).skipped
+        assert skipped is not None
+        return Functions(loss, None, f"{path}, {float(skipped):.0%} of the gradient's products left out")
 
     return Functions(loss, lambda hidden, weight: linear_logprob(hidden, weight, problem.targets, **options), path)
 
@@ -195,8 +202,38 @@ def liger_chunked(problem: Problem) -> Functions:
 
 
 def liger_dpo(problem: Problem) -> Functions:
-    need("liger_kernel.chunked_loss.dpo_loss")
-    raise Missing("pairs of one chosen and one rejected response only: D2O with K > 1 cannot be written in it")
+    """Liger's chunked DPO, which is D2O at K = 1 and alpha = beta; cached references again from outside."""
+    base = need("liger_kernel.chunked_loss.dpo_loss").LigerFusedLinearDPOFunction
+    refuse_softcap(problem)
+    layout, G, S = problem.layout, problem.layout.num_prompts, problem.layout.num_responses
+    tokens = layout.num_tokens // S
+    if set(layout.num_anchors) != {1} or layout.cu_seqlens != tuple(range(0, layout.num_tokens + 1, tokens)):
+        raise Missing("pairs of one chosen and one rejected response only: D2O with K > 1 cannot be written in it")
+    references = problem.ref_logps.view(G, 2)
+
+    class Function(base):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def preference_loss_fn(chosen: Any, rejected: Any, full_target: Any, prompts: Any, beta: float) -> Any:
+            refs = next(prompts)
+            return base.preference_loss_fn(chosen, rejected, full_target, refs[1], refs[0], beta=beta)
+
+        @classmethod
+        def forward(cls, ctx: Any, hidden: Any, weight: Any, target: Any) -> Any:  # type: ignore[override]
+            settings = {"compiled": False, "average_log_prob": False, "compute_nll_loss": False, "beta": BETA}
+            return base.__base__.forward(cls, ctx, hidden, weight, target, prompts=iter(references), **settings)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return *base.__base__.backward(ctx, grads)[:2], None
+
+    chosen_first = [1, 0]
+
+    def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        pairs = h.view(G, 2, tokens, -1)[:, chosen_first].transpose(0, 1).reshape(S, tokens, -1)
+        targets = problem.targets.view(G, 2, tokens)[:, chosen_first].transpose(0, 1).reshape(S, tokens)
+        return Function.apply(pairs, w, targets)[0]
+
+    return Functions(loss, None)
 
 
 def trl_chunked(problem: Problem) -> Functions:
@@ -232,6 +269,7 @@ PROVIDERS = {
     for provider in (
         Provider("ours", ours),
         Provider("ours-staged", ours_staged),
+        Provider("ours-filtered", partial(ours, grad_filter_eps=FILTER_EPS)),
         Provider("ours-two-pass", ours_two_pass),
         Provider("naive", naive),
         Provider("naive-compiled", partial(naive, compiled=True)),

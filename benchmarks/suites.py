@@ -10,6 +10,7 @@ from benchmarks.shapes import HEADS, Case, equal_lengths, mixed_lengths
 EVERYONE = (
     "ours",
     "ours-two-pass",
+    "ours-filtered",
     "naive",
     "naive-compiled",
     "torch-lce",
@@ -94,13 +95,15 @@ def peers(device: str = "cpu", tiny: bool = False) -> list[Case]:
         return [
             Case("peers", "gpt2", lengths, 32, 503, dtype, mode, providers=UNCOMPILED, device=device)
             for dtype, mode in (("fp32", "train"), ("bf16", "frozen"), ("fp32", "score"))
-        ]
+        ] + [Case("peers", "gpt2", equal_lengths(2, 3, K=1), 32, 503, providers=UNCOMPILED, device=device)]
     gpt2 = HEADS["gpt2"]
     cases = [
         Case("peers", "gpt2", equal_lengths(2, 16), gpt2.H, gpt2.V, dtype, mode, providers=EVERYONE, device=device)
         for dtype in ("fp32", "bf16")
         for mode in ("train", "frozen")
     ]
+    pairs = equal_lengths(8, 24, K=1)  # D2O's smallest case is DPO, which more of the peers have
+    cases.append(Case("peers", "gpt2", pairs, gpt2.H, gpt2.V, "bf16", "train", device=device, providers=UNCOMPILED))
     for name, tokens, H, mode, inputs in (
         ("qwen2.5-0.5b", 8, 896, "train", "random"),
         ("llama-3.2-1b", 16, 512, "train", "peaked"),
