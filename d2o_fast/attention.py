@@ -78,39 +78,35 @@ class CpuFlash:
     name, windows, softcaps = "torch's flash attention on the CPU", False, False
 
     def forward(self, q, k, v, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
-        out = q.new_empty(q.shape)
-        # A head's scores are summed in fp32 at least, and the log-sum-exp comes in that type.
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide, device=q.device)
+        outs, lses = [], []
         for run in spans.runs:
-            (queries,), (keys, values) = _stacked(run, q), _stacked_keys(run, k, v)
-            part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(
-                queries, keys, values, 0.0, causal, scale=scale
-            )
-            _stacked(run, out)[0].copy_(part)
-            _stacked_lse(run, lse).copy_(part_lse)
-        return out, lse
+            (queries,), (keys, values) = _queries(run, q), _keys(run, k, v)
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, causal, scale=scale)
+            outs.append(out)
+            lses.append(lse.transpose(0, 1).flatten(1))
+        return _one_row(outs), torch.cat(lses, dim=1)
 
     def backward(self, grad, q, k, v, out, lse, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        gradients: tuple[list[Tensor], ...] = ([], [], [])
         for run in spans.runs:
-            grads, queries, outs = _stacked(run, grad, q, out)
-            keys, values = _stacked_keys(run, k, v)
-            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grads, queries, keys, values, outs, _stacked_lse(run, lse).contiguous(), 0.0, causal, scale=scale
+            count, first, length, _, _ = run
+            grads, queries, outs = _queries(run, grad, q, out)
+            keys, values = _keys(run, k, v)
+            lses = lse[:, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grads, queries, keys, values, outs, lses.contiguous(), 0.0, causal, scale=scale
             )
-            _stacked(run, dq)[0].copy_(parts[0])
-            for target, part in zip(_stacked_keys(run, dk, dv), parts[1:], strict=True):
-                target.copy_(part)
-        return dq, dk, dv
+            for parts, part in zip(gradients, found, strict=True):
+                parts.append(part)
+        return tuple(_one_row(parts) for parts in gradients)
 
 
-def _stacked(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
+def _queries(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
     count, first, length, _, _ = run
     return [_stack(row, count, first, length) for row in rows]
 
 
-def _stacked_keys(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
+def _keys(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
     count, _, _, first, length = run
     return [_stack(row, count, first, length) for row in rows]
 
@@ -120,9 +116,10 @@ def _stack(row: Tensor, count: int, first: int, length: int) -> Tensor:
     return row[first : first + count * length].unflatten(0, (count, length)).transpose(1, 2)
 
 
-def _stacked_lse(run: tuple[int, int, int, int, int], lse: Tensor) -> Tensor:
-    count, first, length, _, _ = run
-    return lse[:, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
+def _one_row(parts: list[Tensor]) -> Tensor:
+    # each (segments, heads, length, D) -> (T, heads, D), without a copy if there is only one
+    rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class CudaFlash:
@@ -275,7 +272,7 @@ def shared_attention(
     if window is None:
         return _Split.apply(q, k, v, row, scale, softcap, kernel), kernel.name
     keys, values, spans = _gather(k, v, row, window)
-    return _Gathered.apply(q, keys, values, spans, scale, window, softcap, kernel), f"{kernel.name}, windowed"
+    return VarlenAttention.apply(q, keys, values, spans, scale, window, softcap, kernel), f"{kernel.name}, windowed"
 
 
 class _Split(torch.autograd.Function):
@@ -321,8 +318,8 @@ class _Split(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-class _Gathered(torch.autograd.Function):
-    """Segments with keys of their own, in one call."""
+class VarlenAttention(torch.autograd.Function):
+    """Causal attention of segments on keys of their own, aligned at their ends, in one call."""
 
     @staticmethod
     def forward(ctx, q, k, v, spans, scale, window, softcap, kernel):  # type: ignore[no-untyped-def]

@@ -111,7 +111,7 @@ def test_scores_of_any_size(size: float) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 11])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 11, 14])
 def test_windows_and_softcaps_are_exact(window: int | None, softcap: float | None) -> None:
     row = ROWS["ragged"]
     how = check(row, (4, 2), torch.float64, 1e-14, kernel=CpuFlash(), window=window, softcap=softcap)
@@ -124,8 +124,22 @@ def test_a_window_that_does_not_bind_costs_nothing() -> None:
     assert how == CpuFlash.name
 
 
-def test_softcaps_in_bf16_are_computed_in_fp32() -> None:
+def test_softcaps_in_bf16_are_computed_in_fp32_and_rounded_once() -> None:
     check(ROWS["ragged"], (4, 2), torch.bfloat16, 1e-2, softcap=0.7)
+    given = [x.bfloat16() for x in operands(ROWS["ragged"], (4, 2))[:3]]
+    rounded, exact = (
+        shared_attention(*(x.to(dtype) for x in given), ROWS["ragged"], 0.3, softcap=0.7)[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert torch.equal(rounded, exact.bfloat16())
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_autocast_does_not_reach_inside(softcap: float | None) -> None:
+    given = [x.float() for x in operands(ROWS["ragged"], (4, 2))[:3]]
+    expected = shared_attention(*given, ROWS["ragged"], 0.3, window=4, softcap=softcap)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(shared_attention(*given, ROWS["ragged"], 0.3, window=4, softcap=softcap)[0], expected)
 
 
 def test_no_kernel_means_segments() -> None:

@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers import relative_errors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.equality import MODELS, build, errors, fp64_throughout, logps_and_gradients, single_sequences
 from d2o_fast import sharing
 from d2o_fast.batching import Example, pack, pack_shared, response_hidden
 from d2o_fast.cli import parse
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-from d2o_fast.models import base_of, decoder_of, head_of
-from d2o_fast.sharing import EAGER, choose_sharing, install
+from d2o_fast.models import decoder_of
+from d2o_fast.sharing import EAGER, SharingRefused, choose_sharing, install
 
-SMALL: dict[str, Any] = {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
-WINDOW = 4  # binds: the longest sequence below has 15 tokens
-CAP = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama with biases": ("llama", {"attention_bias": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen2, window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", {}),
-    "mistral": ("mistral", {}),
-    "mistral, window": ("mistral", {"sliding_window": WINDOW}),
-    "gemma2": ("gemma2", {**CAP, "query_pre_attn_scalar": 8}),
-    "gemma2, window": ("gemma2", {**CAP, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}),
-    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8}),
-    "gemma3, window": (
-        "gemma3_text",
-        {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "phi3": ("phi3", {}),
-    "phi3, window": ("phi3", {"sliding_window": WINDOW}),
-    "olmo2": ("olmo2", {}),
-}
 EXAMPLES = [
     Example([3, 4, 5, 6, 7, 8], [9, 10, 2], [[11, 12, 13, 14, 15, 16, 17, 18, 2], [19, 2], [2]], [-1.0] * 4),
     Example([20], [21, 22, 2], [[23, 24, 25, 26, 2]], [-1.0] * 2),
@@ -55,99 +29,31 @@ EXAMPLES = [
 ]
 
 
-def build(kind: str, **extra: Any) -> nn.Module:
-    """A random model with scores of some size: at the usual 0.02, attention would be all but uniform."""
-    torch.manual_seed(0)
-    settings = {
-        name: value for name, value in {**SMALL, **extra}.items() if not (kind == "falcon" and name == "head_dim")
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.25)
-            elif "norm" not in name:
-                parameter.normal_(0, 0.1)
-    return model.eval()
-
-
 @pytest.fixture
-def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' norms, rotations and softmaxes stay in fp64 where they would go through fp32."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-
-    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.dtype == torch.float64:
-            args = tuple(torch.float64 if argument == torch.float32 else argument for argument in args)
-            if kwargs.get("dtype") == torch.float32:
-                kwargs["dtype"] = torch.float64
-        return to(self, *args, **kwargs)
-
-    def wide_softmax(input: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
-        return softmax(input, *args, dtype=None if input.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to(self, torch.float32)
-    )
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+def fp64() -> Iterator[None]:
+    with fp64_throughout():
+        yield
 
 
-def logps_and_gradients(
-    model: nn.Module, groups: list[list[Example]], shared: bool
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Response tokens' log-probabilities, and gradients of a weighted sum of them, ``groups`` one after the other."""
-    head, decoder = head_of(model), base_of(model).base_model
-    model.zero_grad()
-    found = []
-    for group in groups:
-        batch = pack_shared(group) if shared else pack(group, 0)
-        hidden = response_hidden(decoder, batch)
-        logits = hidden @ head.weight.T * head.logit_scale + (0 if head.bias is None else head.bias)
-        logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
-        logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        (logps * torch.cos(batch.targets + 1.0)).sum().backward()
-        found.append(logps.detach())
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return torch.cat(found), gradients
-
-
-def one_sequence_each(examples: list[Example]) -> list[list[Example]]:
-    """Every response in a batch of its own; an Example needs two of them, so each stands there twice."""
-    return [
-        [Example(example.prompt_ids, response, [response], [])]
-        for example in examples
-        for response in example.responses()
-    ]
-
-
-def largest_errors(
-    model: nn.Module, examples: list[Example], shared_groups: list[list[Example]]
-) -> tuple[float, float]:
+def largest_errors(model: nn.Module, batches: list[list[Example]]) -> tuple[float, float]:
     """Of log-probabilities and of all gradients, shared against one sequence at a time."""
-    plain, expected = logps_and_gradients(model, one_sequence_each(examples), shared=False)
-    lengths = [len(response) for example in examples for response in example.responses()]
-    once = torch.cat([part[: len(part) // 2] for part in plain.split([2 * length for length in lengths])])
+    exact = single_sequences(model, EXAMPLES)
+    assert exact[1].keys() == {name for name, _ in model.named_parameters()}
     install(model)
-    found, gradients = logps_and_gradients(model, shared_groups, shared=True)
-    assert gradients.keys() == expected.keys()
-    assert gradients.keys() == {name for name, _ in model.named_parameters()}
-    # In the reference every response counted twice.
-    errors = [relative_errors(gradients[name], expected[name] / 2)[0] for name in gradients]
-    return relative_errors(found, once)[0], max(errors)
+    return errors(logps_and_gradients(model, batches, shared=True), exact)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probabilities_and_all_gradients_are_those_of_single_sequences(name: str, fp64: None) -> None:
     kind, extra = MODELS[name]
     model = build(kind, **extra).double()
-    logps, gradients = largest_errors(model, EXAMPLES, [EXAMPLES])
+    logps, gradients = largest_errors(model, [EXAMPLES])
     assert logps < 1e-13
     assert gradients < 1e-12
 
 
 def test_micro_batches_and_their_order_change_nothing(fp64: None) -> None:
-    logps, gradients = largest_errors(build("llama").double(), EXAMPLES, [EXAMPLES[:1], EXAMPLES[1:]])
+    logps, gradients = largest_errors(build("llama").double(), [EXAMPLES[:1], EXAMPLES[1:]])
     assert max(logps, gradients) < 1e-12
 
 
@@ -158,7 +64,7 @@ def test_activation_checkpointing_is_exact(name: str, reentrant: bool, fp64: Non
     model = build(kind, **extra).double()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
-    logps, gradients = largest_errors(model.train(), EXAMPLES, [EXAMPLES])
+    logps, gradients = largest_errors(model.train(), [EXAMPLES])
     assert max(logps, gradients) < 1e-12
 
 
@@ -323,6 +229,27 @@ def test_a_window_that_the_call_does_not_tell_is_refused() -> None:
     assert "layer 0 has a window of 512, but its attention call says None" in choose(model).text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 14, 14)}, "makes a mask of its own"),
+        ({"s_aux": torch.zeros(4)}, "takes s_aux, unknown here"),
+        ({"position_bias": torch.zeros(1, 4, 14, 14)}, "takes position_bias, unknown here"),
+        ({"is_causal": False}, "is not causal"),
+        ({"dropout": 0.1}, "dropout of 0.1"),
+    ],
+)
+def test_calls_that_ask_for_more_are_refused(arguments: dict[str, Any], reason: str) -> None:
+    batch = pack_shared(EXAMPLES)
+    tokens = batch.input_ids.shape[1]
+    q, k, v = torch.zeros(1, 4, tokens, 8), torch.zeros(1, 2, tokens, 8), torch.zeros(1, 2, tokens, 8)
+    install(build("llama"))
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    arguments = {"attention_mask": torch.zeros(1, 1, 1, 1), **arguments}
+    with pytest.raises(SharingRefused, match=reason):
+        attention(nn.Module(), q, k, v, shared_row=batch.row, **arguments)
+
+
 def test_layers_of_an_unknown_type_are_refused() -> None:
     model = build("llama", layer_types=["full_attention", "chunked_attention"])
     assert "layer 1 is of the type 'chunked_attention'" in choose(model).text
@@ -338,12 +265,13 @@ def test_wrong_log_probabilities_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         assert "log-probabilities of the first prompt's response tokens differ" in found.text
 
 
-def test_the_generators_are_left_alone() -> None:
-    model = build("llama").train()
+@pytest.mark.parametrize(("kind", "extra"), [("llama", {}), ("falcon", {"hidden_dropout": 0.2})])
+def test_the_generators_and_the_mode_are_left_alone(kind: str, extra: dict[str, Any]) -> None:
+    model = build(kind, **extra).train()
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)
-    assert choose(model).on
+    assert choose(model).on == (kind == "llama")
     assert model.training
     assert torch.equal(torch.rand(2), expected)
 

@@ -1,0 +1,301 @@
+"""A whole training step (forward, loss, backward, optimizer): prompts shared, not shared, and padded.
+
+    python -m benchmarks.step                  # on this CPU
+    python -m benchmarks.step --device cuda    # a model of 1B parameters with random weights, bf16 compute
+    python -m benchmarks.step --tiny           # everything once, in seconds; not a measurement
+
+All providers run the same model on the same prompts, interleaved, with a learning rate of 0, so that they keep
+computing the same thing; a step counts only if its loss and gradient norm are those of the padded one. Response rows
+alone reach the head and the references are known, for all of them. Beside it a table of what sharing changes in the
+numbers.
+
+Shapes: P tokens of a prompt, R of a response, K anchors of one prompt, G prompts in a step, T tokens that are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.equality import equality_rows, equality_table
+from benchmarks.measure import _resident, timed
+from benchmarks.runner import RESULTS, about_this_run
+from d2o_fast.attention import VarlenAttention, choose_kernel
+from d2o_fast.batching import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
+from d2o_fast.config import D2OConfig
+from d2o_fast.layout import ResponseLayout
+from d2o_fast.models import Head, autocast, decoder_of, head_of
+from d2o_fast.ops import fused_d2o_loss
+from d2o_fast.packing import Spans
+from d2o_fast.sharing import choose_sharing
+from d2o_fast.step import adamw
+
+PROVIDERS = ("shared", "unshared", "padded")
+SEPARATE = "benchmark_separate"
+MODELS: dict[str, dict[str, Any]] = {
+    "cpu": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 4096}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """G prompts of P tokens with K + 1 responses each: R tokens, or R / 4 to 7 R / 4 of them if ragged."""
+
+    P: int
+    R: int
+    K: int
+    G: int
+    ragged: bool
+
+    def examples(self, vocab: int) -> list[Example]:
+        chance = random.Random(f"{self}")
+
+        def tokens(n: int) -> list[int]:
+            return [chance.randrange(vocab) for _ in range(n)]
+
+        def length(n: int) -> int:
+            return chance.randint(n // 4, 2 * n - n // 4) if self.ragged else n
+
+        responses = [[tokens(length(self.R)) for _ in range(self.K + 1)] for _ in range(self.G)]
+        return [Example(tokens(length(self.P)), first, rest, [-1.0] * (self.K + 1)) for first, *rest in responses]
+
+
+def shapes(device: str, tiny: bool) -> list[Shape]:
+    """P / R of 1, 4 and 1/4, K = 11 and 3, even and ragged."""
+    if tiny:
+        return [Shape(16, 8, 3, 2, False), Shape(16, 8, 2, 2, True)]
+    short, long, groups = (128, 512, 2) if device == "cuda" else (64, 256, 1)
+    sizes = ((short, short), (long, short), (short, long))
+    return [Shape(P, R, K, groups, ragged) for K in (11, 3) for P, R in sizes for ragged in (False, True)]
+
+
+# --- The providers -------------------------------------------------------------------------------------------------
+
+
+def separate_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, spans: Any, **kwargs: Any) -> Any:
+    """Without sharing and without padding: every prompt + response on itself, by the kernels that sharing uses."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    kernel = choose_kernel(q, v, "sdpa")
+    if kernel is None:
+        raise RuntimeError(f"no flash attention for {q.dtype} on {q.device}")
+    return VarlenAttention.apply(q, k, v, spans, kwargs["scaling"], None, None, kernel).unsqueeze(0), None
+
+
+def separate_batch(padded: PackedBatch, examples: Sequence[Example]) -> tuple[dict[str, Any], torch.Tensor]:
+    """The padded rows without their padding as one row: the decoder's arguments, and where responses are predicted."""
+    lengths = [len(e.prompt_ids) + len(response) for e in examples for response in e.responses()]
+    kept = torch.arange(padded.input_ids.shape[1]) < torch.tensor(lengths)[:, None]
+    place = kept.flatten().cumsum(0) - 1
+    arguments = {
+        "input_ids": padded.input_ids[kept][None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": torch.zeros(1, 1, 1, 1),
+    }
+    return {**arguments, "spans": Spans(lengths, lengths)}, place[padded.predict_index]
+
+
+class Workload:
+    """One model, one optimizer, and the step of each provider on the same prompts."""
+
+    def __init__(self, shape: Shape, device: str, tiny: bool) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        sizes = MODELS["tiny" if tiny else device]
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096))
+        self.model = model.to(self.device).train()
+        self.config = D2OConfig(dtype="bfloat16" if device == "cuda" else "float32", learning_rate=0.0)
+        self.head, self.decoder = head_of(self.model), decoder_of(self.model)
+        self.optimizer = adamw(self.model, self.config)
+        self.examples = shape.examples(sizes["vocab_size"])
+        sharing = choose_sharing(self.model, self.decoder, self.examples, self.config, 0, training=True)
+        if not sharing.on:
+            raise RuntimeError(sharing.text)
+        AttentionInterface.register(SEPARATE, separate_attention)
+        self.own = self.model.config._attn_implementation
+
+    def tokens(self, provider: str) -> int:
+        """T."""
+        if provider == "unshared":
+            return sum(example.num_tokens() for example in self.examples)
+        return row_tokens(self.examples, shared=provider == "shared")
+
+    def step(self, provider: str) -> tuple[float, float]:
+        """One step from token lists to updated weights; its loss and gradient norm."""
+        hidden, batch = self._hidden(provider)
+        options = {"alpha": self.config.alpha, "beta": self.config.beta, **self.head.options()}
+        layout: ResponseLayout = batch.layout
+        head: Head = self.head
+        out = fused_d2o_loss(hidden, head.weight, batch.targets, layout, batch.ref_logps, **options)
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return out.loss.item(), norm.item()
+
+    def _hidden(self, provider: str) -> tuple[torch.Tensor, PackedBatch]:
+        with autocast(self.config, self.device):
+            if provider != "unshared":
+                batch = pack_shared(self.examples) if provider == "shared" else pack(self.examples, 0)
+                batch = batch.to(self.device)
+                return response_hidden(self.decoder, batch), batch
+            padded = pack(self.examples, 0)
+            arguments, index = separate_batch(padded, self.examples)
+            arguments = {n: x.to(self.device) if torch.is_tensor(x) else x for n, x in arguments.items()}
+            self.model.config._attn_implementation = SEPARATE
+            try:
+                hidden = self.decoder(use_cache=False, **arguments).last_hidden_state[0]
+            finally:
+                self.model.config._attn_implementation = self.own
+            hidden = hidden.index_select(0, index.to(self.device))
+            if torch.is_autocast_enabled(self.device.type):
+                hidden = hidden.to(torch.get_autocast_dtype(self.device.type))
+            return hidden, padded.to(self.device)
+
+
+# --- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def memory_growth(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes held during ``function`` beyond those before it, gradients included; None where Linux does not say."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    function()
+    return max(0, _resident("VmHWM") - before)
+
+
+def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str, Any]]:
+    """A row per provider: equal to the padded step first, then memory, then time in rounds of all, shuffled."""
+    work = Workload(shape, device, tiny)
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {}
+    expected: tuple[float, float] | None = None
+    bound = 1e-3 if device == "cpu" else 3e-2
+    for name in reversed(PROVIDERS):  # the padded one first
+        row = rows[name] = {"provider": name, **asdict(shape), "device": device, "status": "ok", "T": work.tokens(name)}
+        try:
+            work.step(name)  # the optimizer's state, compiled kernels
+            row["loss"], row["grad_norm"] = found = work.step(name)
+            expected = expected or found
+            if any(abs(mine - true) > bound * abs(true) for mine, true in zip(found, expected, strict=True)):
+                row["status"] = f"out of bound: loss and norm {found} instead of {expected}"
+                continue
+            row["memory_bytes"] = memory_growth(partial(work.step, name), work.device)
+            seconds[name] = []
+        except torch.cuda.OutOfMemoryError:
+            row["status"] = "out of memory"
+            work.model.zero_grad()
+            torch.cuda.empty_cache()
+    shuffle, order = random.Random(0), list(seconds)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            seconds[name].append(timed(partial(work.step, name), work.device))
+    for name, values in seconds.items():
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        data_tokens = work.tokens("unshared")
+        rows[name] |= {"ms": median * 1e3, "ms_q1": q1 * 1e3, "ms_q3": q3 * 1e3, "rounds": len(values)}
+        rows[name]["tokens_per_second"] = data_tokens / median
+    return [rows[name] for name in PROVIDERS]
+
+
+# --- The report -----------------------------------------------------------------------------------------------------
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """As Markdown; ratios are the padded step's number over the provider's own."""
+    lines = [
+        "| P | R | K | G | lengths | provider | ms, median [quartiles] | faster than padded | fewer tokens "
+        "| data tokens/s | peak growth, MiB | less memory |",
+        "|---" * 12 + "|",
+    ]
+    for at in range(0, len(rows), len(PROVIDERS)):
+        group = rows[at : at + len(PROVIDERS)]
+        padded = group[-1]
+        for row in group:
+            cells = [*(str(row[name]) for name in "PRKG"), "ragged" if row["ragged"] else "even", row["provider"]]
+            if "ms" in row:
+                cells.append(f"{row['ms']:.1f} [{row['ms_q1']:.1f}, {row['ms_q3']:.1f}]")
+                cells.append(f"{padded['ms'] / row['ms']:.2f}" if "ms" in padded else "")
+            else:
+                cells += [f"**{row['status']}**", ""]
+            cells.append(f"{padded['T'] / row['T']:.2f}")
+            cells.append(f"{row['tokens_per_second']:,.0f}" if "ms" in row else "")
+            memory, most = row.get("memory_bytes"), padded.get("memory_bytes")
+            cells.append(f"{memory / 2**20:.0f}" if memory is not None else "")
+            cells.append(f"{most / memory:.2f}" if memory and most else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="everything once, in seconds; not a measurement")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each provider")
+    parser.add_argument("--out", type=Path, default=None, help="where the two files go, without their endings")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --tiny tries everything on the CPU")
+    rounds = 2 if args.tiny else args.rounds
+    begin, rows = time.monotonic(), list[dict[str, Any]]()
+    for shape in shapes(args.device, args.tiny):
+        print(shape, flush=True)
+        rows += measure(shape, args.device, args.tiny, rounds)
+    equality = equality_rows(args.device, ("llama", "gemma2, window") if args.tiny else None)
+    about = {**about_this_run(args.device), "seconds": round(time.monotonic() - begin)}
+    title = "A training step with shared prompts" + (": a dry run, not a measurement" if args.tiny else "")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    sizes = MODELS["tiny" if args.tiny else args.device]
+    model = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    text = [f"# {title}", "", f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}."]
+    text += [f"Llama with random weights: {model}.", "", *step_table(rows), ""]
+    text += [
+        "## What sharing changes in the numbers",
+        "",
+        "Largest relative errors; of the gradients, the parameter's that",
+    ]
+    text += [
+        "is worst off. fp64 against one sequence at a time, other types against padded rows in the same type; beside"
+    ]
+    text += ["it both ways' distance from fp64 (log-probabilities, gradients).", "", *equality_table(equality)]
+    out = args.out or RESULTS / f"step-{args.device}{'-tiny' if args.tiny else ''}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": about, "rows": rows, "equality": equality}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
