@@ -242,8 +242,8 @@ def dweight_kernel(
             mask = (offs_j[:, None] < kept) & (offs_h[None, :] < H)
             value = halves[half]
             if not FRESH:
-                value += tl.load(dweight_ptrs, mask=mask, other=0.0)
-            tl.store(dweight_ptrs, value, mask=mask)
+                value += tl.load(dweight_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dweight_ptrs, value.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
 def filtered_products(
@@ -274,8 +274,8 @@ def filtered_products(
         weight: (V, H) of grad's dtype, any strides.
         hidden: (n, H) of grad's dtype, any strides.
         dhidden: (n, H) fp32 or of grad's dtype, its columns adjacent, or None: written over.
-        dweight: (V, H) fp32, its columns adjacent, or None: kept rows gain their share. With ``fresh`` its memory holds
-            nothing yet: kept rows are assigned, all others become zero.
+        dweight: (V, H) fp32, bf16 or fp16, its columns adjacent, or None: kept rows gain their share, rounded once.
+            With ``fresh`` its memory holds nothing yet: kept rows are assigned, all others become zero.
 
     Returns:
         () int32 on the device: the number of kept columns, M.
@@ -393,7 +393,7 @@ def _check(
         ("weight", weight, (V, H), (grad.dtype,)),
         ("hidden", hidden, (n, H), (grad.dtype,)),
         ("dhidden", dhidden, (n, H), (torch.float32, grad.dtype)),
-        ("dweight", dweight, (V, H), (torch.float32,)),
+        ("dweight", dweight, (V, H), (torch.float32, torch.bfloat16, torch.float16)),
     ):
         if tensor is None:
             continue

@@ -60,14 +60,17 @@ class Row:
     stack: int = 0
     spills: int = 0
     wgmma: bool = False
+    tcgen05: bool = False
     tma: bool = False
     tf32: bool = False
+    serialized: bool = False  # ptxas made asynchronous matrix products wait for each other
     seconds: float = 0.0
     error: str = field(default="")
 
 
 def cases() -> list[Case]:
-    return [case for arch in ARCHITECTURES for case in (*_matrix_cases(arch), *_row_cases(arch))]
+    groups = (_matrix_cases, _descriptor_cases, _product_cases, _row_cases)
+    return [case for arch in ARCHITECTURES for group in groups for case in group(arch)]
 
 
 def _matrix_cases(arch: str) -> list[Case]:
@@ -84,8 +87,8 @@ def _matrix_cases(arch: str) -> list[Case]:
             full, aligned_rows = variant != "plain", variant in ("plain", "biased", "capped")
             softcap = 0.0 if variant in ("plain", "biased") else 30.0
             kind = "fp32" if hidden == "fp32" else "16-bit" if hidden == weight else "mixed"
-            if not aligned_rows and kind != "fp32":
-                kind = "16-bit odd"
+            if not aligned_rows:
+                kind = "fp32 odd" if kind == "fp32" else "16-bit odd"
             elif kind == "16-bit" and softcap:
                 kind = "16-bit capped"
             tile = TILES[arch, kind]
@@ -96,7 +99,7 @@ def _matrix_cases(arch: str) -> list[Case]:
                 "targets_ptr": "*i64",
                 "partial_ptr": "*fp32",
                 **dict.fromkeys(("N", "V", "H", "num_splits", "tiles_per_split"), "i32"),
-                **dict.fromkeys(("stride_hn", "stride_hh", "stride_wv", "stride_wh", "stride_b"), "i32"),
+                **dict.fromkeys(("stride_hn", "stride_hh", "stride_wv", "stride_wh"), "i32"),
             }
             constants: dict[str, Any] = {
                 "LOGIT_SCALE": 0.5 if full else 1.0,
@@ -109,9 +112,9 @@ def _matrix_cases(arch: str) -> list[Case]:
                 "BLOCK_H": tile.block_h,
                 "GROUP_N": tile.group_n,
                 **({} if variant == "strided" else {"stride_hh": 1, "stride_wh": 1}),
-                **({"stride_b": 1} if full else {"bias_ptr": None}),
+                **({} if full else {"bias_ptr": None}),
             }
-            aligned = ("hidden_ptr", "weight_ptr", "targets_ptr", "partial_ptr")
+            aligned = ("bias_ptr", "hidden_ptr", "weight_ptr", "targets_ptr", "partial_ptr")
             if aligned_rows:
                 aligned += ("V", "H", "stride_hn", "stride_wv")
             label = hidden if hidden == weight else f"{hidden}, weight {weight}"
@@ -137,6 +140,133 @@ def _matrix_cases(arch: str) -> list[Case]:
     pointers = tuple(name for name, kind in signature.items() if kind[0] == "*")
     constants = {"BLOCK_N": BLOCK_COMBINE}
     found.append(Case("linear_logprob.combine_splits_kernel", arch, "fp32", signature, constants, pointers, 4))
+    return found
+
+
+def _descriptor_cases(arch: str) -> list[Case]:
+    """The forward through tensor descriptors, where the architecture has them. H needs no tail: what lies past it reads
+    as zero."""
+    from d2o_fast.kernels.linear_logprob import DESCRIPTOR_TILES
+
+    found = []
+    for dtype in ("bf16", "fp16"):
+        for variant in ("plain", "biased", "scaled", "capped", "capped only"):
+            tile = DESCRIPTOR_TILES.get((arch, "plain" if variant in ("plain", "scaled") else "bias or softcap"))
+            if tile is None or (dtype == "fp16" and variant in ("scaled", "capped only")):
+                continue
+            biased = variant in ("biased", "capped")
+            signature = {
+                "hidden_desc": f"tensordesc<{dtype}[{tile.block_n}, {tile.block_h}]>",
+                "weight_desc": f"tensordesc<{dtype}[{tile.block_v}, {tile.block_h}]>",
+                "bias_ptr": "*fp32",
+                "targets_ptr": "*i64",
+                "partial_ptr": "*fp32",
+                **dict.fromkeys(("N", "V", "H", "num_splits", "tiles_per_split"), "i32"),
+            }
+            constants: dict[str, Any] = {
+                "LOGIT_SCALE": 1.0 if variant in ("plain", "capped only") else 0.5,
+                "SOFTCAP": 30.0 if "capped" in variant else 0.0,
+                "HAS_BIAS": biased,
+                "UPCAST": False,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_V": tile.block_v,
+                "BLOCK_H": tile.block_h,
+                "GROUP_N": tile.group_n,
+                **({} if biased else {"bias_ptr": None}),
+            }
+            aligned = ("bias_ptr", "targets_ptr", "partial_ptr") + (("V", "H") if variant == "plain" else ())
+            found.append(
+                Case(
+                    "linear_logprob.linear_logprob_tma_kernel",
+                    arch,
+                    f"{dtype}, {variant}",
+                    signature,
+                    constants,
+                    aligned,
+                    tile.num_warps,
+                    tile.num_stages,
+                )
+            )
+    return found
+
+
+def _product_cases(arch: str) -> list[Case]:
+    """The products over kept columns: rows as in real models; rows that no vector load fits; columns apart."""
+    from d2o_fast.kernels.filtered_products import (
+        BLOCK_LIST,
+        BLOCK_PACK,
+        DHIDDEN_TILES,
+        DWEIGHT_TILES,
+        FLAG_COLUMNS,
+        FLAG_ROWS,
+        FLAG_STEP,
+    )
+
+    found = []
+    for dtype in DTYPES:
+        for variant in ("plain", "odd", "strided"):
+            if (dtype == "fp16" or arch == "sm_86") and variant != "plain":
+                continue  # as in _matrix_cases
+            odd = variant != "plain"
+            kind = ("fp32" if dtype == "fp32" else "16-bit") + (" odd" if odd else "")
+            pointers = {"grad_ptr": f"*{dtype}", "columns_ptr": "*i32", "kept_ptr": "*i32"}
+            sizes = dict.fromkeys(("n", "V", "H", "stride_gn", "stride_dn"), "i32")
+            shared: dict[str, Any] = {"UPCAST": False}
+            aligned = (*pointers, "weight_ptr", "hidden_ptr", "dhidden_ptr", "dweight_ptr")
+            if not odd:
+                aligned += ("V", "H", "stride_gn", "stride_wv", "stride_hn", "stride_dn", "stride_dv")
+            for out in ("fp32",) if odd else dict.fromkeys(("fp32", dtype)):
+                tile = DHIDDEN_TILES[arch, kind]
+                types = {"weight_ptr": f"*{dtype}", "dhidden_ptr": f"*{out}", "stride_wv": "i32", "stride_wh": "i32"}
+                blocks = {"BLOCK_N": tile.block_m, "BLOCK_H": tile.block_h, "BLOCK_V": tile.block_k}
+                unit = {} if variant == "strided" else {"stride_wh": 1}
+                found.append(
+                    Case(
+                        "filtered_products.dhidden_kernel",
+                        arch,
+                        f"{dtype} to {out}, {variant}",
+                        pointers | sizes | types,
+                        shared | blocks | unit,
+                        aligned,
+                        tile.num_warps,
+                        tile.num_stages,
+                    )
+                )
+            every = dict.fromkeys((("fp32", True), ("fp32", False), (dtype, True)))
+            for out, fresh in (("fp32", False),) if odd else every:  # of all it needs the most registers
+                tile = DWEIGHT_TILES[arch, kind]
+                types = {"hidden_ptr": f"*{dtype}", "dweight_ptr": f"*{out}"}
+                types |= dict.fromkeys(("stride_hn", "stride_hh", "stride_dv"), "i32")
+                blocks = {"BLOCK_V": tile.block_m, "BLOCK_H": tile.block_h, "BLOCK_N": tile.block_k}
+                unit = {} if variant == "strided" else {"stride_hh": 1}
+                found.append(
+                    Case(
+                        "filtered_products.dweight_kernel",
+                        arch,
+                        f"{dtype} to {out}, {variant}, {'fresh' if fresh else 'added'}",
+                        pointers | sizes | types,
+                        shared | blocks | unit | {"FRESH": fresh},
+                        aligned,
+                        tile.num_warps,
+                        tile.num_stages,
+                    )
+                )
+        for aligned_rows in () if dtype == "fp16" else (True,) if arch == "sm_86" else (True, False):
+            even_arguments = ("V", "stride_gn") if aligned_rows else ()
+            label = f"{dtype}, {'plain' if aligned_rows else 'odd'}"
+            flag = {"grad_ptr": f"*{dtype}", "coef_ptr": "*fp32", "flags_ptr": "*i32", "eps": "fp32"}
+            flag |= dict.fromkeys(("n", "V", "stride_gn"), "i32")
+            blocks = {"ROWS": FLAG_ROWS, "STEP": FLAG_STEP, "BLOCK_V": FLAG_COLUMNS}
+            aligned = ("grad_ptr", "coef_ptr", "flags_ptr", *even_arguments)
+            found.append(Case("filtered_products.flag_columns_kernel", arch, label, flag, blocks, aligned, 4))
+            pack = {**pointers, "V": "i32", "stride_gn": "i32"}
+            blocks = {"BLOCK_V": BLOCK_PACK, "ZEROS": DHIDDEN_TILES[arch, kind].block_k}
+            aligned = (*pointers, *even_arguments)
+            found.append(Case("filtered_products.pack_rows_kernel", arch, label, pack, blocks, aligned, 8))
+    pointers = dict.fromkeys(("flags_ptr", "places_ptr", "columns_ptr"), "*i32")
+    signature, aligned = {**pointers, "V": "i32"}, (*pointers, "V")
+    blocks = {"BLOCK_V": BLOCK_LIST}
+    found.append(Case("filtered_products.list_columns_kernel", arch, "int32", signature, blocks, aligned, 4))
     return found
 
 
@@ -199,7 +329,7 @@ def _row_cases(arch: str) -> list[Case]:
             ("ref_logps_ptr", "logps_ptr", "chosen_ptr", "rejected_ptr", "margins_ptr", "losses_ptr", "coef_ptr"),
             "*fp32",
         ),
-        **dict.fromkeys(("alpha", "beta", "anchor_weight"), "fp32"),
+        **dict.fromkeys(("alpha", "beta", "anchor_weight", "negative_weight", "gate"), "fp32"),
         "num_prompts": "i32",
     }
     aligned = ("token_logps_ptr", "cu_seqlens_ptr", "cu_groups_ptr", "ref_logps_ptr", "logps_ptr", "coef_ptr")
@@ -262,8 +392,10 @@ def _read_ptx(row: Row, ptx: str) -> None:
     row.stack = int(_only(r"(\d+) bytes stack frame", report))
     row.spills = int(_only(r"(\d+) bytes spill stores", report)) + int(_only(r"(\d+) bytes spill loads", report))
     row.wgmma = "wgmma.mma_async" in ptx
+    row.tcgen05 = "tcgen05.mma" in ptx
     row.tma = "cp.async.bulk.tensor" in ptx
     row.tf32 = "tf32" in ptx
+    row.serialized = "serialized" in report
 
 
 def _read_amdgcn(row: Row, text: str) -> None:
@@ -287,28 +419,55 @@ def compile_all(selected: list[Case], processes: int = 2) -> list[Row]:
             return pool.map(compile_case, selected, chunksize=1)
 
 
+def columns(row: Row) -> list[str]:
+    """A row of the printed and of the Markdown table."""
+    tensor = [name for name in ("wgmma", "tcgen05") if getattr(row, name)]
+    numbers = [row.registers, row.shared, row.stack, row.spills]
+    name = row.kernel.split(".")[1].removesuffix("_kernel")
+    flags = [" ".join(tensor) or "-", "yes" if row.tma else "-", "yes" if row.tf32 else "-"]
+    return [name, row.arch, row.label, *map(str, numbers), *flags, row.error]
+
+
+HEADINGS = ["kernel", "arch", "operands", "regs", "shared", "stack", "spills", "async mma", "tma", "tf32", "error"]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table with the versions that made it: registers per thread, shared memory, stack and spills in bytes."""
+    import torch
+    import triton
+
+    lines = [
+        "# What the compilers make of the kernels",
+        "",
+        f"Triton {triton.__version__}, torch {torch.__version__}; every configuration that can be chosen by default. "
+        "Registers per thread; shared memory of a block, stack frame and spills in bytes (for gfx942, spilled "
+        "registers). Made by `python tests/codegen_table.py --markdown FILE`; `tests/test_codegen.py` checks it.",
+        "",
+        f"| {' | '.join(HEADINGS[:-1])} |",
+        f"|{'---|' * 3}{'--:|' * 4}{'---|' * 3}",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(columns(row)[:-1])} |" for row in rows)]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--only", default="", help="compile the cases whose 'kernel arch label' contains this text")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     selected = [case for case in cases() if arguments.only in f"{case.kernel} {case.arch} {case.label}"]
     rows = compile_all(selected)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(rows))
     if arguments.json:
         for row in rows:
             print(json.dumps(asdict(row)))
         return
-    numbers = f"{'regs':>5}{'shared':>8}{'stack':>6}{'spills':>7}"
-    print(f"{'kernel':24}{'arch':8}{'operands':27}{numbers}  wgmma tma tf32  seconds")
-    for row in rows:
-        name = row.kernel.split(".")[1].removesuffix("_kernel")
-        wgmma, tma, tf32 = ("yes" if flag else "no" for flag in (row.wgmma, row.tma, row.tf32))
-        print(
-            f"{name:24}{row.arch:8}{row.label:27}{row.registers:5}{row.shared:8}{row.stack:6}{row.spills:7}  "
-            f"{wgmma:6}{tma:4}{tf32:4}{row.seconds:9.1f} {row.error}"
-        )
+    widths = [20, 8, 32, 5, 8, 6, 7, 10, 5, 5, 0]
+    for line in (HEADINGS, *map(columns, rows)):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":
