@@ -106,6 +106,7 @@ def peers(device: str = "cpu", tiny: bool = False) -> list[Case]:
     cases.append(Case("peers", "gpt2", pairs, gpt2.H, gpt2.V, "bf16", "train", device=device, providers=UNCOMPILED))
     for name, tokens, H, mode, inputs in (
         ("qwen2.5-0.5b", 8, 896, "train", "random"),
+        ("qwen2.5-0.5b", 32, 896, "train", "random"),
         ("llama-3.2-1b", 16, 512, "train", "peaked"),
         ("llama-3.1-8b", 16, 512, "frozen", "peaked"),
         ("llama-3.1-8b", 16, 512, "score", "peaked"),

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from d2o_fast.chunked import Engine, Head, Needs, Totals, split
 from d2o_fast.products import multiplies_bf16, product_
 
-BLOCK_BYTES = 6 << 20  #: of a block's logits, and of its widened weight, whichever has more
+BLOCK_BYTES = 12 << 20  #: of a block's logits, and of its widened weight, whichever has more
 MAX_TILE = 1024  #: tokens that pass by a block of the weight together where no logits are kept
 LOWEST = -torch.finfo(torch.float32).max  # finite: a running maximum that starts here meets -inf without making a NaN
 
