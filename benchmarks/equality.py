@@ -51,11 +51,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(kind: str, **extra: Any) -> nn.Module:
     """A random model in fp32, larger weights than usual: at 0.02, attention would be all but uniform."""
     settings = {**SMALL, **extra}
+    implementation = {"attn_implementation": "eager"} if kind == "gemma2" else {}  # sdpa has no softcap
     if kind == "falcon":  # its head_dim follows from the others
         del settings["head_dim"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **implementation)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() >= 2:
@@ -69,9 +70,10 @@ def build(kind: str, **extra: Any) -> nn.Module:
 def fp64_throughout() -> Iterator[None]:
     """Inside, norms, rotations and softmaxes of transformers stay in fp64 where they would go through fp32."""
     to, softmax = torch.Tensor.to, nn.functional.softmax
+    wide_types = (torch.float64, torch.int64)  # positions are integers
 
     def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.dtype == torch.float64:
+        if self.dtype in wide_types:
             args = tuple(torch.float64 if argument == torch.float32 else argument for argument in args)
             if kwargs.get("dtype") == torch.float32:
                 kwargs["dtype"] = torch.float64
@@ -82,7 +84,7 @@ def fp64_throughout() -> Iterator[None]:
         return softmax(input, *args, **kwargs)
 
     def no_float(self: torch.Tensor) -> torch.Tensor:
-        return self if self.dtype == torch.float64 else to(self, torch.float32)
+        return to(self, torch.float64 if self.dtype in wide_types else torch.float32)
 
     with (
         mock.patch.object(torch.Tensor, "to", keep),

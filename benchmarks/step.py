@@ -33,9 +33,10 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from benchmarks.equality import equality_rows, equality_table
 from benchmarks.measure import _resident, timed
 from benchmarks.runner import RESULTS, about_this_run
-from d2o_fast.attention import VarlenAttention, choose_kernel
+from d2o_fast.attention import VarlenAttention
 from d2o_fast.batching import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.config import D2OConfig
+from d2o_fast.flash import choose_kernel
 from d2o_fast.layout import ResponseLayout
 from d2o_fast.models import Head, autocast, decoder_of, head_of
 from d2o_fast.ops import fused_d2o_loss

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from d2o_fast.layout import ResponseLayout
-from d2o_fast.packing import SharedRow, on_device, slices_index, take_rows
+from d2o_fast.packing import SharedRow, micro_batches, on_device, slices_index, take_rows
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,22 @@ def row_tokens(examples: Sequence[Example], shared: bool) -> int:
         return sum(len(example.prompt_ids) for example in examples) + sum(lengths)
     width = max(len(example.prompt_ids) + max(map(len, example.responses())) for example in examples)
     return len(lengths) * width
+
+
+def step_batches(examples: Sequence[Example], size: int, budget: int | None, shared: bool) -> list[Sequence[Example]]:
+    """A step's prompts in the pieces that go through the model one after the other.
+
+    Args:
+        size: prompts in each, if there is no budget.
+        budget: most tokens read at once (``row_tokens``); a prompt that alone has more goes alone.
+    """
+    if budget is None:
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def cost(batch: Sequence[Example]) -> int:
+        return row_tokens(batch, shared)
+
+    return [*micro_batches(examples, lambda example: cost([example]), cost, budget)]
 
 
 def shared_arguments(row: SharedRow, device: torch.device) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from d2o_fast.attention import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.errors import D2OError
+from d2o_fast.flash import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.ops import choose_engine
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")

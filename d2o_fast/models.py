@@ -45,9 +45,14 @@ def load_model(config: D2OConfig, name: str | None = None) -> PreTrainedModel:
     name = _known(name or config.model_name_or_path, "model_name_or_path")
     options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError) as error:
         raise D2OError(f"model_name_or_path '{name}' cannot be loaded as a causal language model: {error}") from error
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and not options and model.config._attn_implementation == "sdpa":
+        # sdpa has no softcap. Older versions of transformers run Gemma 2 under it all the same, without the cap.
+        model.set_attn_implementation("eager")
+    return model
 
 
 def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedTokenizerBase:

@@ -25,10 +25,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from d2o_fast.attention import choose_kernel, shared_attention
+from d2o_fast.attention import shared_attention
 from d2o_fast.batching import Example, PackedBatch, pack, pack_shared, response_hidden, shared_arguments
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
+from d2o_fast.flash import choose_kernel
 from d2o_fast.models import autocast, base_of, head_of
 from d2o_fast.ops import linear_logprob
 from d2o_fast.packing import SharedRow
@@ -120,7 +121,7 @@ def install(model: nn.Module) -> None:
             AttentionMaskInterface.register(EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
         base.set_attn_implementation(EAGER)
         if base.config._attn_implementation != EAGER:
-            raise SharingRefused("its attention implementation cannot be set")
+            raise SharingRefused("it takes no attention but its own")
     elif name not in ALL_ATTENTION_FUNCTIONS:
         raise SharingRefused(f"its attention '{name}' is not in transformers' AttentionInterface")
     elif not hasattr(ALL_ATTENTION_FUNCTIONS[name], "d2o_original"):
@@ -165,6 +166,8 @@ def _call(
         raise SharingRefused(f"it makes a mask of its own, {tuple(attention_mask.shape)}")
     if is_causal is False:
         raise SharingRefused("its attention is not causal")
+    if softcap and implementation == "sdpa":
+        raise SharingRefused("its attention has a softcap, which sdpa leaves out; set attn_implementation to eager")
     unknown = [name for name, value in others.items() if torch.is_tensor(value) and name not in _HARMLESS]
     if unknown:
         raise SharingRefused(f"its attention takes {', '.join(unknown)}, unknown here")

@@ -60,16 +60,25 @@ def batch_loss(
 
 
 def evaluate_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], rows: Sequence[Row], config: D2OConfig
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    config: D2OConfig,
+    shared: bool | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
+
+    Args:
+        shared: whether prompts can be read once for all their responses; found out here if not known yet.
 
     Returns:
         ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
     """
     head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
     means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
-    shared = choose_sharing(model, decoder, examples, config, pad).on
+    if shared is None:
+        shared = choose_sharing(model, decoder, examples, config, pad).on
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), size):
             part = examples[start : start + size]

@@ -22,14 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2o_fast import checkpoint as ckpt
 from d2o_fast.anchors import AnchorStore
-from d2o_fast.batching import Example, row_tokens
+from d2o_fast.batching import Example, step_batches
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, rows_from
 from d2o_fast.errors import D2OError
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
 from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id
-from d2o_fast.packing import micro_batches
 from d2o_fast.prepare import (
     add_adapter,
     initial_model,
@@ -98,6 +97,7 @@ class D2OTrainer:
         self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
         self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
+        self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,8 @@ class D2OTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for micro in self._micro_batches(examples):
+        size, budget = args.per_device_train_batch_size, args.tokens_per_micro_batch
+        for micro in step_batches(examples, size, budget, self.sharing.on):
             out, layout = batch_loss(
                 self.decoder, self.head, micro, self.pad, args, num_prompts=len(examples), shared=self.sharing.on
             )
@@ -186,17 +187,6 @@ class D2OTrainer:
         state.num_tokens += tokens
         state.epoch = self._epoch(state.global_step)
         return grad_norm, lr, tokens
-
-    def _micro_batches(self, examples: list[Example]) -> list[list[Example]]:
-        """A step's prompts in the pieces that go through the model one after the other."""
-        budget, size = self.args.tokens_per_micro_batch, self.args.per_device_train_batch_size
-        if budget is None:
-            return [examples[start : start + size] for start in range(0, len(examples), size)]
-
-        def cost(batch: Sequence[Example]) -> int:
-            return row_tokens(batch, self.sharing.on)
-
-        return micro_batches(examples, lambda example: cost([example]), cost, budget)
 
     def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
         args, step, last = self.args, self.state.global_step, self.state.global_step == self.num_steps
@@ -294,7 +284,12 @@ class D2OTrainer:
         self._prepare("eval")
         if not self.examples["eval"]:
             raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
-        return evaluate_model(self.model, self.tokenizer, self.examples["eval"], self.rows["eval"], self.args)[0]
+        examples = self.examples["eval"]
+        if self.eval_shared is None:
+            self.eval_shared = choose_sharing(self.model, self.decoder, examples, self.args, self.pad).on
+        return evaluate_model(
+            self.model, self.tokenizer, examples, self.rows["eval"], self.args, shared=self.eval_shared
+        )[0]
 
     def _evaluate_and_log(self) -> None:
         self._report("evaluate", {**self.evaluate(), "epoch": self.state.epoch})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import assert_close, relative_errors
 
-from d2o_fast import attention
-from d2o_fast.attention import CpuFlash, CudaFlash, shared_attention
+from d2o_fast.attention import shared_attention
+from d2o_fast.flash import CpuFlash, CudaFlash, choose_kernel
 from d2o_fast.packing import SharedRow
 
 ROWS = {
@@ -297,5 +297,5 @@ def test_which_kernel(
         def __init__(self) -> None:
             self.device, self.dtype, self.shape = torch.device(device), dtype, (7, 4, channels)
 
-    kernel = attention.choose_kernel(Stub(), Stub(), implementation)  # type: ignore[arg-type]
+    kernel = choose_kernel(Stub(), Stub(), implementation)  # type: ignore[arg-type]
     assert (None if kernel is None else type(kernel).__name__) == expected

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast.batching import Example, pack, response_hidden
+from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-from d2o_fast.models import base_of, decoder_of, head_of
+from d2o_fast.models import base_of, decoder_of, head_of, load_model
 from d2o_fast.reference import naive_linear_logprob, sequence_logps
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
@@ -65,6 +68,13 @@ def test_decoder_and_head_give_the_models_own_log_probabilities(model_type: str)
                 expected.append(sum(logps[start + t - 1, token] for t, token in enumerate(response)))
     torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=2e-5)
     assert model.training is False
+
+
+def test_a_softcap_on_attention_is_loaded_with_eager(tmp_path: Path) -> None:
+    small("gemma2").save_pretrained(tmp_path)
+    assert load_model(D2OConfig(str(tmp_path))).config._attn_implementation == "eager"
+    small("llama").save_pretrained(tmp_path)
+    assert load_model(D2OConfig(str(tmp_path))).config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:

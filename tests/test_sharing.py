@@ -139,7 +139,15 @@ def test_an_eager_model_is_saved_without_our_name(tmp_path: Any) -> None:
     assert model.config._attn_implementation == EAGER
     model.save_pretrained(tmp_path)
     assert EAGER not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation in ("eager", "sdpa")
+
+
+def test_a_softcap_that_sdpa_leaves_out_is_no_reference() -> None:
+    """Older versions of transformers compute Gemma 2 under sdpa without it, in silence."""
+    q, k = torch.zeros(1, 4, 28, 8), torch.zeros(1, 2, 28, 8)
+    install(build("llama"))
+    with pytest.raises(SharingRefused, match="set attn_implementation to eager"):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), q, k, k, None, shared_row=pack_shared(EXAMPLES).row, softcap=50.0)
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
