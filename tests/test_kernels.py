@@ -9,11 +9,18 @@ import pytest
 import torch
 from helpers import assert_close, poison_empty, relative_errors
 
+from d2o_fast.kernels import linear_logprob as forward_module
 from d2o_fast.kernels.group_loss import group_loss
-from d2o_fast.kernels.linear_logprob import TILES, choose_splits, linear_logprob_forward
+from d2o_fast.kernels.linear_logprob import (
+    DESCRIPTOR_TILES,
+    MAX_ITEMS_PER_PROCESSOR,
+    TILES,
+    choose_splits,
+    linear_logprob_forward,
+)
 from d2o_fast.kernels.logit_grad import BLOCK_V, logit_grad_, logit_stats
 from d2o_fast.layout import ResponseLayout
-from d2o_fast.reference import d2o_loss, naive_linear_logprob
+from d2o_fast.reference import Margin, d2o_loss, margin_loss, naive_linear_logprob
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 SETTINGS = {
@@ -216,13 +223,115 @@ def test_splits_cover_the_vocabulary_once(num_n_tiles, num_v_tiles, processors) 
 
 
 def test_few_rows_still_use_the_whole_device() -> None:
-    splits, _ = choose_splits(1, 501, 132)
-    assert splits > 60
+    splits, tiles = choose_splits(1, 501, 132)
+    assert splits > 120
+    assert tiles == 4
+
+
+@pytest.mark.parametrize("num_n_tiles", [1, 5, 96, 3000])
+def test_partial_results_do_not_grow_with_the_batch(num_n_tiles) -> None:
+    splits, _ = choose_splits(num_n_tiles, 501, 132)
+    assert splits == 1 or splits * num_n_tiles <= MAX_ITEMS_PER_PROCESSOR * 132
 
 
 def test_every_architecture_has_a_tile_for_every_kind() -> None:
     architectures, kinds = {arch for arch, _ in TILES}, {kind for _, kind in TILES}
     assert len(TILES) == len(architectures) * len(kinds)
+
+
+# ------------------------------------------------------------------------------- the forward through tensor descriptors
+
+
+@pytest.fixture
+def chosen(monkeypatch) -> list[str]:
+    """Names of the forward kernels in the order of their launches."""
+    names: list[str] = []
+    for name in ("linear_logprob_kernel", "linear_logprob_tma_kernel"):
+
+        class Spy:
+            def __init__(self, kernel, name: str) -> None:
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid):
+                names.append(self.name)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(forward_module, name, Spy(getattr(forward_module, name), name))
+    return names
+
+
+needs_descriptors = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10, 11),
+    reason="this device has no tensor descriptors",
+)
+
+
+@needs_descriptors
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("N", "H", "V"),
+    [
+        (1, 8, 1),  # one row, one token, the narrowest row that is a multiple of 16 bytes
+        (37, 40, 131),  # tails everywhere: they read as zero, and must not count
+        (16, 64, 64),  # no tail anywhere
+        (3, 24, 1000),  # many splits, one tile of rows
+        (70, 40, 33),  # more row tiles than programs
+    ],
+)
+def test_descriptors_match_fp64_and_pointers(device, chosen, monkeypatch, dtype, settings, N, H, V) -> None:
+    hidden, weight, targets, options = problem(device, N, H, V, dtype, **settings)
+    by_descriptor = linear_logprob_forward(hidden, weight, targets, **options)
+    monkeypatch.setattr(forward_module, "DESCRIPTOR_TILES", {})
+    by_pointer = linear_logprob_forward(hidden, weight, targets, **options)
+    assert chosen == ["linear_logprob_tma_kernel", "linear_logprob_kernel"]
+    reference = naive_linear_logprob(hidden.double(), weight.double(), targets, **options)
+    lse = logits64(hidden, weight, **options).logsumexp(1)
+    for logps, sums in (by_descriptor, by_pointer):
+        assert_close(logps + 1, reference + 1, 1e-6)  # + 1: the one token of a vocabulary has log-probability 0
+        assert_close(sums, lse, 1e-6)
+
+
+@needs_descriptors
+def test_descriptors_take_rows_apart_and_a_masked_vocabulary(device, chosen) -> None:
+    hidden, weight, targets, _ = problem(device, 20, 24, 300, torch.bfloat16)
+    wide = torch.full((20, 64), float("nan"), device=device, dtype=torch.bfloat16)
+    wide[:, 8:32] = hidden
+    bias = torch.zeros(300, device=device)
+    bias[10:290] = float("-inf")
+    targets[:] = 295
+    logps, _ = linear_logprob_forward(wide[:, 8:32], weight, targets, bias.repeat_interleave(2)[::2])
+    reference = (logits64(hidden, weight) + bias.double()).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    assert_close(logps, reference, 1e-6)
+    targets[:5] = torch.tensor([-100, 300, 2**40, -(2**33), 0], device=device)
+    assert linear_logprob_forward(hidden, weight, targets)[0].isnan().tolist() == [True] * 4 + [False] * 16
+    assert chosen == ["linear_logprob_tma_kernel"] * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hidden, weight: (hidden[:, :23], weight[:, :23].contiguous()),  # rows of the weight 46 bytes apart
+        lambda hidden, weight: (hidden[:, 4:20], weight[:, :16]),  # a base that is not a multiple of 16 bytes
+        lambda hidden, weight: (hidden.T.contiguous().T, weight),  # columns apart
+        lambda hidden, weight: (hidden[:1].expand(20, 24), weight),  # rows on top of each other
+        lambda hidden, weight: (hidden.float(), weight.float()),
+        lambda hidden, weight: (hidden, weight.float()),
+    ],
+    ids=["row stride", "base", "column stride", "expanded", "fp32", "mixed"],
+)
+def test_what_descriptors_cannot_read_goes_through_pointers(device, chosen, change) -> None:
+    hidden, weight, targets, _ = problem(device, 20, 24, 70, torch.float16)
+    hidden, weight = change(hidden, weight)
+    logps, _ = linear_logprob_forward(hidden, weight, targets)
+    assert chosen == ["linear_logprob_kernel"]
+    assert_close(logps, naive_linear_logprob(hidden.double(), weight.double(), targets), 1e-6)
+
+
+def test_descriptor_tiles_come_in_pairs_and_older_devices_have_none() -> None:
+    architectures = {arch for arch, _ in DESCRIPTOR_TILES}
+    assert architectures == {"sm_90", "sm_100", "interpreter"}
+    assert len(DESCRIPTOR_TILES) == 2 * len(architectures)
 
 
 # ------------------------------------------------------------------------------------------- rows of logits in memory
@@ -392,8 +501,8 @@ LAYOUTS = {
 }
 
 
-def loss_problem(device, lengths, seed=0):
-    layout = ResponseLayout.from_lengths(lengths)
+def loss_problem(device, lengths, seed=0, min_anchors=1):
+    layout = ResponseLayout.from_lengths(lengths, min_anchors=min_anchors)
     generator = torch.Generator().manual_seed(seed)
     token_logps = -3 * torch.rand(layout.num_tokens, generator=generator)
     offsets = torch.tensor(layout.cu_seqlens)
@@ -420,6 +529,40 @@ def test_group_loss_matches_fp64(device, lengths, anchor_weight, num_prompts) ->
     assert_close(margins, reference.margins, 1e-6)
     assert_close(losses.sum(), reference.loss, 1e-6)
     assert_close(coef, leaf.grad, 1e-6)
+
+
+MARGINS = {
+    "D2O with both ungated terms": Margin(0.2, 0.3, anchor_weight=0.05, negative_weight=0.02, gate=1.5),
+    "DPO": Margin.dpo(0.3),
+    "NPO": Margin.npo(0.2),
+    "gradient ascent": Margin.gradient_ascent(),
+}
+
+
+@pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
+@pytest.mark.parametrize(
+    "lengths", [[[4], [300]], [[7], [3, 5, 2], [1, 1]]], ids=["negatives alone", "with and without anchors"]
+)
+def test_group_loss_of_any_margin_matches_fp64(device, margin, lengths) -> None:
+    layout, exact, token_logps, offsets, ref_logps = loss_problem(device, lengths, min_anchors=0)
+    leaf = exact.clone().requires_grad_()
+    reference = margin_loss(leaf, ref_logps.cpu().double(), layout, margin, num_prompts=5)
+    reference.loss.backward()
+    arguments = (margin.alpha, margin.beta, margin.anchor_weight, 5, margin.negative_weight, margin.gate)
+    _, chosen, rejected, margins, losses, coef = group_loss(token_logps, *offsets, ref_logps, *arguments)
+    assert_close(chosen, reference.chosen_rewards, 1e-6)
+    assert_close(rejected, reference.rejected_rewards, 1e-6)
+    assert_close(margins, reference.margins, 1e-6)
+    assert_close(losses.sum(), reference.loss, 1e-6)
+    assert_close(coef, leaf.grad, 1e-6)
+
+
+def test_group_loss_with_a_gate_of_zero_is_exactly_the_ungated_terms(device) -> None:
+    """Whatever alpha and beta: z only shows in the margins."""
+    _, _, token_logps, offsets, ref_logps = loss_problem(device, [[4, 5, 6], [300, 1, 2]])
+    for alpha, beta in ((0.1, 0.1), (1e6, 1e6), (0.0, 0.0)):
+        *_, coef = group_loss(token_logps, *offsets, ref_logps, alpha, beta, 0.5, 2, 0.25, 0.0)
+        assert coef.tolist() == [0.125, -0.125, -0.125] * 2
 
 
 @pytest.mark.parametrize("z", [-1e4, -100.0, -20.0, 0.0, 20.0, 80.0, 1e4])
@@ -455,6 +598,8 @@ def test_group_loss_refuses(device) -> None:
         group_loss(token_logps, cu_seqlens.long(), cu_groups, ref_logps, 0.1, 0.1, 0.0, 2)
     with pytest.raises(ValueError, match="4 responses of 2 prompts cannot have 3"):
         group_loss(token_logps, cu_seqlens, cu_groups, ref_logps[:3], 0.1, 0.1, 0.0, 2)
+    with pytest.raises(ValueError, match="1 responses of 2 prompts"):
+        group_loss(token_logps, cu_seqlens[:2], cu_groups, ref_logps[:1], 0.1, 0.1, 0.0, 2)
     with pytest.raises(ValueError, match="num_prompts"):
         group_loss(token_logps, cu_seqlens, cu_groups, ref_logps, 0.1, 0.1, 0.0, 0)
 
@@ -492,18 +637,3 @@ def test_launchers_do_not_wait_for_the_device(device) -> None:
         group_loss(token_logps, *offsets, ref_logps, 0.1, 0.1, 0.0, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@DTYPES
-def test_forward_at_the_size_of_a_real_head(device, dtype) -> None:
-    """Many tiles in every direction, and V * H beyond 2^31 bytes."""
-    hidden, weight, targets, _ = problem(device, 1500, 2048, 128256, dtype)
-    logps = linear_logprob_forward(hidden, weight, targets)[0]
-    reference = torch.cat(
-        [
-            naive_linear_logprob(part.double(), weight.double(), part_targets)
-            for part, part_targets in zip(hidden.split(250), targets.split(250), strict=True)
-        ]
-    )
-    assert_close(logps, reference, 2e-6, 1e-6)
