@@ -51,11 +51,13 @@ def logprob64(hidden, weight, targets, **options):
 
 
 @DTYPES
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [(head, "plain") for head in HEADS] + [("2048 x 128256", name) for name in SETTINGS if name != "plain"],
+)
 def test_forward_at_the_size_of_a_real_head(device, dtype, head, settings) -> None:
     """Many tiles in every direction, V * H beyond 2^31 bytes, and the same bits twice."""
-    hidden, weight, targets, options = problem(device, *head, dtype, **settings)
+    hidden, weight, targets, options = problem(device, *HEADS[head], dtype, **SETTINGS[settings])
     logps, lse = linear_logprob_forward(hidden, weight, targets, **options)
     assert_close(logps, logprob64(hidden, weight, targets, **options), 2e-6, 1e-6)
     again = linear_logprob_forward(hidden, weight, targets, **options)
@@ -94,11 +96,12 @@ def test_rows_of_a_real_vocabulary(device, dtype, settings) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("share", [0.02, 1.0], ids=["peaked", "flat"])
+@pytest.mark.parametrize(
+    ("head", "share"), [*((head, 0.02) for head in HEADS), ("2048 x 128256", 1.0)], ids=[*HEADS, "all columns kept"]
+)
 def test_filtered_products_at_the_size_of_a_real_head(device, dtype, head, share) -> None:
     """Against the vendor's products of the same columns; ``share`` of the columns exceed the bound."""
-    n, H, V = head
+    n, H, V = HEADS[head]
     hidden, weight, _, _ = problem(device, n, H, V, dtype)
     grad = torch.randn(n, V, device=device).mul_(torch.rand(V, device=device) < share).add_(1e-6)
     coef = torch.ones(n, device=device)
