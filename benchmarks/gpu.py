@@ -1,11 +1,12 @@
 """One command for a CUDA machine: ``python -m benchmarks.gpu``, under 10 minutes.
 
 The GPU-marked tests first, then the loss suite against every peer that is installed, each row written as soon as it is
-measured, and at the end JSON, a Markdown table and a roofline plot. Every stage has its own time; one that fails or
-runs out of it does not keep the next from running. ``--dry-run`` does all of it on a CPU with tiny shapes.
+measured, then the training step of a model of 1B parameters, and at the end JSON, a Markdown table and a roofline plot.
+Every stage has its own time; one that fails or runs out of it does not keep the next from running. ``--dry-run`` does
+all of it on a CPU with tiny shapes.
 
-The folder named by ``--out`` (or by the environment's OUT) gets at most six files: tests.log, worker.log, rows.jsonl,
-results.json, table.md and roofline.png.
+The folder named by ``--out`` (or by the environment's OUT) gets at most eight files: tests.log, worker.log, rows.jsonl,
+results.json, table.md, roofline.png, step.json and step.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -25,7 +26,7 @@ from benchmarks.report import append_row, markdown, roofline, summary
 from benchmarks.runner import RESULTS, ROOT, about_this_run, run_cases
 from benchmarks.suites import cases_of
 
-TEST_SECONDS, LOSS_SECONDS = 170.0, 300.0  # with a hanging worker and the report under 10 minutes
+TEST_SECONDS, LOSS_SECONDS, STEP_SECONDS = 150.0, 240.0, 120.0  # with a hanging worker, under 10 minutes
 
 
 def run_tests(out: Path, seconds: float) -> str:
@@ -34,14 +35,31 @@ def run_tests(out: Path, seconds: float) -> str:
     command += ["--continue-on-collection-errors", "--durations=10", "tests"]
     path = out / "tests.log"
     with path.open("w") as log:
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s (see tests.log)"
+        code = run_within(command, seconds, log)
+    if code is None:
+        return f"stopped after {seconds:.0f} s (see tests.log)"
     last = (path.read_text().strip().splitlines() or ["no output"])[-1]
     return f"{last.strip('= ')} (pytest code {code})"
+
+
+def run_within(command: list[str], seconds: float, log: TextIO) -> int | None:
+    """The command's exit code; None if it was stopped because its time was out."""
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def run_step(out: Path, device: str, tiny: bool, seconds: float) -> str:
+    """The training step in a process of its own, into step.json and step.md; how it ended."""
+    command = [sys.executable, "-m", "benchmarks.step", "--device", device, "--rounds", "3", "--out", str(out / "step")]
+    with (out / "worker.log").open("a") as log:
+        code = run_within([*command, "--tiny"] if tiny else command, seconds, log)
+    if code is None:
+        return f"stopped after {seconds:.0f} s (see worker.log)"
+    return "done" if code == 0 else f"ended with code {code} (see step.md and worker.log)"
 
 
 def run_loss(out: Path, device: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
@@ -68,15 +86,23 @@ def main(argv: list[str] | None = None) -> int:
     print(f"tests: {tests}", flush=True)
     tests_done = time.monotonic()
     rows = run_loss(args.out, device, args.dry_run, args.seconds)
-    stages = {"tests": tests_done - begin, "loss": time.monotonic() - tests_done}
+    loss_done = time.monotonic()
+    step = run_step(args.out, device, args.dry_run, STEP_SECONDS)
+    stages = {"tests": tests_done - begin, "loss": loss_done - tests_done, "step": time.monotonic() - loss_done}
 
     plot = roofline(rows, args.out / "roofline.png")
-    about = {**about_this_run(device), "tests": tests, "stage_seconds": stages, "plot": plot or "roofline.png"}
+    about = {
+        **about_this_run(device),
+        "tests": tests,
+        "stage_seconds": stages,
+        "step": step,
+        "plot": plot or "roofline.png",
+    }
     (args.out / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     table = markdown(rows, "The fused D2O loss on a GPU" if device == "cuda" else "Dry run on a CPU: not a measurement")
-    (args.out / "table.md").write_text(table + f"\nTests: {tests}. Plot: {about['plot']}.\n")
+    (args.out / "table.md").write_text(table + f"\nTests: {tests}. Training step: {step}. Plot: {about['plot']}.\n")
     print(table)
-    print(f"tests: {tests}; plot: {about['plot']}; seconds: {stages}")
+    print(f"tests: {tests}; step: {step}; plot: {about['plot']}; seconds: {stages}")
     print(summary(rows))
     return 0 if rows else 1
 

@@ -223,6 +223,8 @@ def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
     timed = [row for row in results["rows"] if row["suite"] == "gpu" and row["provider"] == "ours"]
     assert len(timed) == len(cases_of("gpu", "cpu", tiny=True))
     assert all(row["status"] == "ok" and row["ms"] > 0 and row["over_floor"] > 0 for row in timed)
+    assert results["about"]["step"] == "done", (out / "worker.log").read_text()
+    assert "| shared |" in (out / "step.md").read_text()
     assert len(list(out.iterdir())) <= 8
     assert "not a measurement" in (out / "table.md").read_text()
     if results["about"]["plot"] == "roofline.png":
