@@ -61,6 +61,8 @@ class CpuFlash:
     name, windows, softcaps = "torch's flash attention on the CPU", False, False
 
     def forward(self, q, k, v, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
+        if causal and spans.cu_q != spans.cu_k:  # its causality is aligned at the beginnings
+            raise ValueError("torch's flash attention on the CPU can be causal only where queries and keys are as many")
         outs, lses = [], []
         for run in spans.runs:
             (queries,), (keys, values) = _queries(run, q), _keys(run, k, v)

@@ -12,7 +12,7 @@ from helpers import assert_close, relative_errors
 
 from d2o_fast.attention import shared_attention
 from d2o_fast.flash import CpuFlash, CudaFlash, choose_kernel
-from d2o_fast.packing import SharedRow
+from d2o_fast.packing import SharedRow, Spans
 
 ROWS = {
     "ragged": SharedRow((5, 1, 9), ((3, 7, 1), (4, 2), (6, 6, 6, 2))),
@@ -277,6 +277,12 @@ def test_a_merge_left_to_autograd_would_be_wrong(flash_on_cpu: list[dict[str, An
     errors = [relative_errors(mine, true)[1] for mine, true in zip(found, expected, strict=True)]
     assert errors[0] < 1e-6  # the output is right
     assert min(errors[1], errors[2]) > 0.05  # dQ, dK are not
+
+
+def test_the_cpu_kernel_refuses_what_it_would_align_otherwise() -> None:
+    q, k, v, _ = operands(ROWS["ragged"], (4, 2))
+    with pytest.raises(ValueError, match="only where queries and keys are as many"):
+        CpuFlash().forward(q[:3], k[:4], v[:4], Spans([3], [4]), True, 0.3, None, None)
 
 
 @pytest.mark.parametrize(
