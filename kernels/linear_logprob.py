@@ -76,15 +76,11 @@ TILES |= {
     for kind in ("16-bit", "16-bit capped", "16-bit odd", "mixed", "fp32", "fp32 odd")
 }
 # The same for 16-bit operands read through tensor descriptors, where an architecture has them. Two consumer warpgroups
-# of 64 x 256 fp32 accumulators fill Hopper's registers, and half the columns would ask the L2 for a third more bytes;
-# but a bias takes 64 registers of a thread and a softcap's tanh more than that, which only the smaller tile leaves.
-DESCRIPTOR_TILES: dict[tuple[str, str], Tile] = {
-    ("sm_90", "plain"): Tile(128, 256, 64, 8, 4),
-    ("sm_90", "bias or softcap"): Tile(128, 128, 64, 8, 4),
-    ("sm_100", "plain"): Tile(128, 256, 64, 8, 4),
-    ("sm_100", "bias or softcap"): Tile(128, 128, 64, 8, 4),
-    ("interpreter", "plain"): Tile(16, 32, 32, 4, 1, 2),
-    ("interpreter", "bias or softcap"): Tile(16, 32, 32, 4, 1, 2),
+# of 64 x 256 fp32 accumulators fill Hopper's registers; half the columns would ask the L2 for a third more bytes.
+DESCRIPTOR_TILES: dict[str, Tile] = {
+    "sm_90": Tile(128, 256, 64, 8, 4),
+    "sm_100": Tile(128, 256, 64, 8, 4),
+    "interpreter": Tile(16, 32, 32, 4, 1, 2),
 }
 MAX_ITEMS_PER_PROCESSOR = 16  # bounds P where there are many rows, and with it the temporary memory
 BLOCK_COMBINE = 128
@@ -195,20 +191,24 @@ def linear_logprob_tma_kernel(
             product = tl.dot(hidden, weight.T, product, input_precision="ieee")
             h_block += 1
             if h_block == num_h_blocks:
-                row_max, row_sum, target_logit = add_tile(
-                    row_max,
-                    row_sum,
-                    target_logit,
-                    product,
-                    start,
-                    targets,
-                    bias_ptr,
-                    V,
-                    LOGIT_SCALE,
-                    SOFTCAP,
-                    HAS_BIAS,
-                    BLOCK_V,
-                )
+                # In two halves, one after the other: a softcap's intermediate results of the whole tile would not fit
+                # into registers beside it.
+                halves = tl.split(tl.permute(tl.reshape(product, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+                for half in tl.static_range(2):
+                    row_max, row_sum, target_logit = add_tile(
+                        row_max,
+                        row_sum,
+                        target_logit,
+                        halves[half],
+                        start + half * (BLOCK_V // 2),
+                        targets,
+                        bias_ptr,
+                        V,
+                        LOGIT_SCALE,
+                        SOFTCAP,
+                        HAS_BIAS,
+                        BLOCK_V // 2,
+                    )
                 product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
                 h_block = 0
                 start += BLOCK_V
@@ -405,16 +405,12 @@ def linear_logprob_forward(
     bias = None if bias is None else bias.contiguous()
     device = architecture(hidden.device)
     by_descriptor = (
-        (device, "plain") in DESCRIPTOR_TILES
+        device in DESCRIPTOR_TILES
         and hidden.dtype == weight.dtype != torch.float32
         and suits_descriptor(hidden)
         and suits_descriptor(weight)
     )
-    if by_descriptor:
-        plain = bias is None and softcap is None
-        tile = DESCRIPTOR_TILES[device, "plain" if plain else "bias or softcap"]
-    else:
-        tile = TILES[device, tile_kind(hidden, weight, softcap_value)]
+    tile = DESCRIPTOR_TILES[device] if by_descriptor else TILES[device, tile_kind(hidden, weight, softcap_value)]
     num_n_tiles = triton.cdiv(N, tile.block_n)
     processors = num_processors(hidden.device)
     num_splits, tiles_per_split = choose_splits(num_n_tiles, triton.cdiv(V, tile.block_v), processors)

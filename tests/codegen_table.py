@@ -148,11 +148,12 @@ def _descriptor_cases(arch: str) -> list[Case]:
     as zero."""
     from d2o_fast.kernels.linear_logprob import DESCRIPTOR_TILES
 
-    found = []
+    if arch not in DESCRIPTOR_TILES:
+        return []
+    tile, found = DESCRIPTOR_TILES[arch], []
     for dtype in ("bf16", "fp16"):
         for variant in ("plain", "biased", "scaled", "capped", "capped only"):
-            tile = DESCRIPTOR_TILES.get((arch, "plain" if variant in ("plain", "scaled") else "bias or softcap"))
-            if tile is None or (dtype == "fp16" and variant in ("scaled", "capped only")):
+            if dtype == "fp16" and variant in ("scaled", "capped only"):
                 continue
             biased = variant in ("biased", "capped")
             signature = {
