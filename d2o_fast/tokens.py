@@ -63,6 +63,39 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
     return examples
 
 
+def tokenize_drawn(
+    rows: Sequence[Row],
+    drawn: Sequence[Sequence[tuple[str, bool]]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: D2OConfig,
+    stops: Sequence[int],
+) -> list[list[list[int]]]:
+    """Token ids of responses that came back as text: (text without special tokens, whether a stop token ended it).
+
+    A text is tokenised where it stands, right behind its prompt, and then alone if a token would span the boundary. The
+    ids need not be those that were drawn (a text has several tokenisations); they are the ones that are scored and
+    trained on. One that a stop token ended gets the token that the negatives end with; one that ended by its length
+    gets none. What spells a stop token ends there; what is longer than ``max_completion_length`` is cut to it.
+
+    Raises:
+        DataError: no tokens at all are left.
+    """
+    encoder = _Encoder(tokenizer)
+    out = []
+    for row, draws in zip(rows, drawn, strict=True):
+        end = [encoder.end(row)]
+        responses = []
+        for ids, (text, ended) in zip(encoder.continuations(row, [text for text, _ in draws]), draws, strict=True):
+            stop = next((i for i, token in enumerate(ids) if token in stops), None)
+            ids = ids[: stop + 1] if stop is not None else [*ids, *(end if ended else [])]
+            if not ids:
+                found = f"the sampler returned {text!r}, of which the tokenizer makes no tokens"
+                raise DataError(row.source, row.index, "anchors", found, "Change sampling_seed")
+            responses.append(ids[: config.max_completion_length])
+        out.append(responses)
+    return out
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterable[Row]) -> list[int]:
     """The tokens that end a sampled response: EOS, those that the model's ``generation_config`` names, and in a chat
     the template's end-of-turn token where it is another one. Sorted."""
@@ -109,24 +142,42 @@ class _Encoder:
         responses = [row.rejected, *(row.anchors or [])]
         chat = not isinstance(row.prompt, str)
         prompt, fulls = self._render(row, responses) if chat else _joined(row.prompt, responses)
-        prompt_ids, *full_ids = self._ids([prompt, *fulls])
-        if not chat and prompt_ids[: len(self.prefix)] != self.prefix:  # unless the text brings its own BOS
-            prompt_ids = self.prefix + prompt_ids
-            full_ids = [self.prefix + full for full in full_ids]
+        prompt_ids, response_ids, merged = self._split(prompt, fulls, chat)
         if not prompt_ids:
             raise DataError(row.source, row.index, "prompt", "the tokenizer makes no tokens of it", "Remove the row")
-        out, merged = [], False
-        for i, full in enumerate(full_ids):
-            response = full[len(prompt_ids) :]
-            if full[: len(prompt_ids)] != prompt_ids:
-                merged = True
-                text = fulls[i][len(prompt) :]
-                # SentencePiece puts a space before every text; with the one that the response has it would be two
-                response = self._ids([text.removeprefix(" ") if self.adds_space else text])[0]
+        out = []
+        for i, response in enumerate(response_ids):
             response = self._ended(response, chat)
             if len(response) == 1 and response[0] in (self.eos, *(self.turn_end[:1] if chat else [])):
                 field = "rejected" if i == 0 else f"anchors[{i - 1}]"
                 raise DataError(row.source, row.index, field, "the tokenizer makes no tokens of it", "Remove the row")
+            out.append(response)
+        return prompt_ids, out, merged
+
+    def continuations(self, row: Row, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as it stands behind the row's prompt: no template and no end put to it."""
+        chat = not isinstance(row.prompt, str)
+        prompt = self._render(row, [])[0] if chat else str(row.prompt)
+        return self._split(prompt, [prompt + text for text in texts], chat)[1]
+
+    def end(self, row: Row) -> int:
+        """The token that ends a response to this row."""
+        return self.turn_end[0] if not isinstance(row.prompt, str) and self.turn_end else self.eos
+
+    def _split(self, prompt: str, fulls: list[str], chat: bool) -> tuple[list[int], list[list[int]], bool]:
+        """(prompt ids, ids of what follows the prompt in each of ``fulls``, whether any was tokenised alone)."""
+        prompt_ids, *full_ids = self._ids([prompt, *fulls])
+        if not chat and prompt_ids[: len(self.prefix)] != self.prefix:  # unless the text brings its own BOS
+            prompt_ids = self.prefix + prompt_ids
+            full_ids = [self.prefix + full for full in full_ids]
+        out, merged = [], False
+        for text, full in zip(fulls, full_ids, strict=True):
+            response = full[len(prompt_ids) :]
+            if full[: len(prompt_ids)] != prompt_ids:
+                merged = True
+                text = text[len(prompt) :]
+                # SentencePiece puts a space before every text; with the one that the response has it would be two
+                response = self._ids([text.removeprefix(" ") if self.adds_space else text])[0]
             out.append(response)
         return prompt_ids, out, merged
 

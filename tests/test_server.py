@@ -1,0 +1,253 @@
+"""Sampling over HTTP from a real server, and through a proxy that breaks what can break on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import Proxy, free_port, transformers_serve
+from test_sampling import chi_square_excess, next_token, peaked_model
+from tiny import VOCAB_SIZE, save_tiny, tiny_rows, tiny_tokenizer
+
+from d2o_fast import server as server_module
+from d2o_fast.config import D2OConfig
+from d2o_fast.data import rows_from, tokenize_rows
+from d2o_fast.errors import D2OError, DataError
+from d2o_fast.server import Sampling, ServerPrompt, ServerSampler, request_seed
+from d2o_fast.tokens import tokenize_drawn
+
+PROMPT = "how to open the lock?"
+LONG = ServerPrompt(PROMPT, len(tiny_tokenizer()(PROMPT)["input_ids"]), "here, row 1")
+PROMPTS = [LONG, ServerPrompt("how to", 2, "here, row 2"), ServerPrompt(PROMPT[:3], 1, "here, row 3")]
+
+
+def sampling(**options: Any) -> Sampling:
+    defaults = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_token_ids": (2,), "seed": (0, 0)}
+    return Sampling(**{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(address of the server, folder of the models: plain, chat, peaked)"""
+    folder = tmp_path_factory.mktemp("served")
+    save_tiny(folder / "plain")
+    save_tiny(folder / "chat", chat=True)
+    save_tiny(folder / "peaked")
+    peaked_model().save_pretrained(folder / "peaked")
+    hostile = {"do_sample": True, "top_k": 5, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 2.0}
+    (folder / "peaked" / "generation_config.json").write_text(json.dumps({**hostile, "eos_token_id": 2}))
+    with transformers_serve(folder / "log.txt") as url:
+        yield url, folder
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "FIRST_DELAY", 0.01)
+
+
+def sampler(url: str, folder: Path, name: str = "plain", concurrency: int = 1, timeout: float = 30.0) -> ServerSampler:
+    return ServerSampler(url, str(folder / name), concurrency, timeout)
+
+
+# --- The real server ---------------------------------------------------------------------------------------------
+
+
+def test_frequencies_are_the_softmax(served: Any) -> None:
+    """Although the served model's generation_config asks for something else."""
+    url, folder = served
+    model, tokenizer = peaked_model(), tiny_tokenizer()
+    (draws,) = sampler(url, folder, "peaked", 4).sample([LONG], 500, sampling(max_new_tokens=1))
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE)]
+    outcomes = sorted(set(texts))  # tokens that give the same text cannot be told apart
+    place = torch.tensor([outcomes.index(text) for text in texts])
+    counts = torch.bincount(torch.tensor([outcomes.index(d.text) for d in draws]), minlength=len(outcomes)).double()
+    for temperature, fits in ((1.0, True), (1.5, False)):
+        probabilities = next_token(model, tokenizer(PROMPT)["input_ids"], temperature)
+        pooled = torch.zeros(len(outcomes), dtype=torch.float64).index_add(0, place, probabilities)
+        excess = chi_square_excess(counts, pooled)
+        assert (abs(excess) < 4) is fits, f"temperature {temperature}: {excess}"
+
+
+def test_k_draws_for_each_prompt_whether_or_not_the_server_knows_n(served: Any) -> None:
+    url, folder = served
+    results = []
+    for like_vllm in (False, True):
+        with Proxy(url, like_vllm=like_vllm) as proxy:
+            results.append(sampler(proxy.url, folder).sample(PROMPTS, 5, sampling()))
+            asked = [e for e in proxy.log if e["texts"] and e["body"]["max_tokens"] == 6]
+        assert [len(draws) for draws in results[-1]] == [5, 5, 5]
+        assert [len(e["texts"]) for e in asked] == ([5] * 3 if like_vllm else [1] * 15)
+        seeds = [e["body"]["seed"] for e in asked]
+        assert len(set(seeds)) == len(seeds)
+        assert seeds[0] == request_seed(0, 0, 0, 0)
+        assert [d.text for draws in results[-1] for d in draws] == [text for e in asked for text in e["texts"]]
+        assert len({d.text for d in results[-1][0]}) == 5
+    assert [draws[0] for draws in results[0]] == [draws[0] for draws in results[1]]
+
+
+def test_the_seed_decides(served: Any) -> None:
+    url, folder = served
+    one = sampler(url, folder)
+    first = one.sample(PROMPTS, 3, sampling())
+    assert sampler(url + "/v1/", folder).sample(PROMPTS, 3, sampling()) == first
+    assert one.sample(PROMPTS, 3, sampling(seed=(0, 1))) != first
+    assert one.sample([], 3, sampling()) == []
+    seeds = {request_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(-1, 3) for d in range(3)}
+    assert len(seeds) == 108
+    assert max(seeds) < 2**53
+
+
+def test_several_prompts_at_a_time_keep_their_places(served: Any) -> None:
+    url, folder = served
+    with Proxy(url, like_vllm=True) as proxy:
+        draws = sampler(proxy.url, folder, concurrency=3).sample(PROMPTS, 4, sampling())
+        told = {e["body"]["prompt"]: e["texts"] for e in proxy.log if e["body"]["max_tokens"] == 6}
+    assert [[d.text for d in of_prompt] for of_prompt in draws] == [told[prompt.content] for prompt in PROMPTS]
+
+
+def test_messages_go_through_the_servers_template(served: Any) -> None:
+    url, folder = served
+    tokenizer = tiny_tokenizer(chat=True)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": PROMPT}]
+    count = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    for like_vllm in (False, True):
+        with Proxy(url, like_vllm=like_vllm) as proxy:
+            chat = sampler(proxy.url, folder, "chat")
+            (draws,) = chat.sample([ServerPrompt(messages, count, "row 1")], 3, sampling(eos_token_ids=(4,)))
+            assert len({d.text for d in draws}) == 3
+            with pytest.raises(D2OError, match=f"reads row 1 as {count} tokens, and here it has {count + 1}.*template"):
+                chat.sample([ServerPrompt(messages, count + 1, "row 1")], 3, sampling(eos_token_ids=(4,)))
+
+
+def test_a_stop_token_is_told_from_the_length(served: Any) -> None:
+    url, folder = served
+    stops = (2, *range(40, 80))
+    (draws,) = sampler(url, folder).sample([LONG], 40, sampling(eos_token_ids=stops, max_new_tokens=8))
+    assert 0 < sum(d.ended for d in draws) < 40
+
+
+def test_a_cut_prompt_goes_as_token_ids(served: Any) -> None:
+    url, folder = served
+    ids = tiny_tokenizer()(PROMPT)["input_ids"][-3:]
+    cut = ServerPrompt(ids, 3, "row 1, cut to 3 tokens and so sent as token ids")
+    with Proxy(url, like_vllm=True, tokenizer=tiny_tokenizer()) as proxy:
+        assert len(sampler(proxy.url, folder).sample([LONG, cut], 2, sampling())[1]) == 2
+        assert proxy.log[-1]["body"]["prompt"] == ids
+    with pytest.raises(D2OError, match=r"refuses row 1, cut to 3 tokens and so sent as token ids .*must be a string"):
+        sampler(url, folder).sample([LONG, cut], 2, sampling())
+
+
+def test_what_cannot_be_right_is_refused_at_once(served: Any) -> None:
+    url, folder = served
+    with pytest.raises(D2OError, match=r"server_url is 'localhost:8000'; it must be like 'http://"):
+        sampler("localhost:8000", folder)
+    with pytest.raises(D2OError, match=r"refuses requests for here, row 1 .*Check server_url and server_model"):
+        sampler(url, folder, "plain").sample([ServerPrompt([5, 6], 2, "here, row 1")], 2, sampling())
+    with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 404 .*Check server_url"):
+        sampler(url + "/elsewhere", folder).sample([LONG], 2, sampling())
+
+
+@pytest.mark.parametrize("case", ["greedy", "one seed for all choices"])
+def test_a_server_that_does_not_sample_is_found_out(served: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, folder = served
+    ask = Proxy.ask
+
+    def changed(self: Proxy, path: str, body: dict[str, Any]) -> Any:
+        if case == "greedy":
+            body = {**body, "generation_config": json.dumps({"do_sample": False})}
+        return ask(self, path, {**body, "seed": 3})
+
+    monkeypatch.setattr(Proxy, "ask", changed)
+    with Proxy(url, like_vllm=True) as proxy, pytest.raises(D2OError, match=r"gave the same text .*is not sampled"):
+        sampler(proxy.url, folder).sample([LONG], 2, sampling())
+
+
+# --- Faults on the way -------------------------------------------------------------------------------------------
+
+
+def test_without_a_server_the_error_says_what_to_do(fast: None, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, logger="d2o_fast"),
+        pytest.raises(D2OError, match=r"here, row 1: .*refused .attempt 8 of 8.. Check that the server runs .*again"),
+    ):
+        sampler(f"http://127.0.0.1:{free_port()}", Path("m")).sample([LONG], 2, sampling())
+    assert caplog.text.count("refused (attempt") == 8
+
+
+def test_the_delays_double_and_retry_after_is_kept(monkeypatch: pytest.MonkeyPatch, served: Any) -> None:
+    waited: list[float] = []
+    url, folder = served
+    with Proxy(url, dict(enumerate(["500", "503", "429", "500"]))) as proxy:
+        one = sampler(proxy.url, folder)
+        monkeypatch.setattr(one._stop, "wait", waited.append)
+        monkeypatch.setattr(server_module, "FIRST_DELAY", 0.1)
+        one.sample([LONG], 1, sampling())
+    assert waited == [0.1, 0.2, 1.0, 0.8]
+
+
+def test_after_a_lasting_fault_the_others_do_not_go_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts wait for their next attempt when the first one fails for good; they give up at once."""
+    url, folder = served
+    monkeypatch.setattr(server_module, "FIRST_DELAY", 20.0)
+    with Proxy(url, like_vllm=True) as proxy:
+        one = sampler(proxy.url, folder, concurrency=4)
+        one.sample([LONG], 1, sampling())
+        proxy.faults = dict.fromkeys(range(len(proxy.log), 100), "500")
+        first = ServerPrompt("how to open the lock!", 99, "here, row 1")
+        answer = proxy.answer
+
+        def first_is_bad(handler: Any, path: str, entry: dict[str, Any]) -> None:
+            if entry["body"]["prompt"] == first.content:
+                time.sleep(0.5)
+                entry["fault"] = "400"
+            answer(handler, path, entry)
+
+        monkeypatch.setattr(proxy, "answer", first_is_bad)
+        started = time.monotonic()
+        with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 400 "):
+            one.sample([first, *PROMPTS], 1, sampling())
+        assert time.monotonic() - started < 10
+
+
+# --- Text to tokens ----------------------------------------------------------------------------------------------
+
+CONFIG = D2OConfig(max_length=64, max_completion_length=8)
+
+
+def drawn_ids(row: dict[str, Any], *draws: tuple[str, bool], chat: bool = False, **options: Any) -> list[list[int]]:
+    stops = [4] if chat else [2]
+    return tokenize_drawn(rows_from([row]), [draws], tiny_tokenizer(chat, **options), CONFIG, stops)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"bos": True}, {"prefix_space": True}], ids=["plain", "bos", "prefix space"])
+def test_a_text_becomes_what_it_would_be_in_the_data(options: dict[str, bool]) -> None:
+    tokenizer, row = tiny_tokenizer(**options), tiny_rows(1)[0]
+    texts = [" go away", " it", "s"]
+    (example,) = tokenize_rows(rows_from([{**row, "anchors": texts}]), tokenizer, CONFIG)
+    assert drawn_ids(row, *((text, True) for text in texts), **options) == example.anchor_ids
+    assert drawn_ids(row, (texts[1], False), **options) == [example.anchor_ids[1][:-1]]
+
+
+def test_the_end_of_a_drawn_text() -> None:
+    row = tiny_rows(1)[0]
+    assert drawn_ids(row, ("", True)) == [[2]], "EOS was the first token"
+    (spelled,) = drawn_ids(row, (" it</s> and", False))
+    assert spelled == [*tiny_tokenizer()(" it")["input_ids"], 2]
+    (cut,) = drawn_ids(row, ("xyz" * 20, True))
+    assert len(cut) == 8
+    assert 2 not in cut
+    with pytest.raises(DataError, match=r"train_dataset, row 1, field 'anchors': the sampler returned ''"):
+        drawn_ids(row, ("", False))
+
+
+def test_a_drawn_text_in_a_chat_is_not_put_through_the_template() -> None:
+    row = {"prompt": [{"role": "user", "content": "how?"}], "rejected": [{"role": "assistant", "content": "no"}]}
+    tokenizer = tiny_tokenizer(chat=True)
+    ended, cut = drawn_ids(row, ("\n it ", True), ("\n it ", False), chat=True)
+    assert cut == tokenizer("\n it ")["input_ids"]
+    assert ended == [*cut, 4]
