@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOWEST, check_device, check_softcap, tanh, to_logits
+from .common import LOWEST, check_device, check_softcap, exp, tanh, to_logits
 
 BLOCK_V = 4096
 NUM_WARPS = 8
@@ -49,11 +49,11 @@ def logit_stats_kernel(
         logits = to_logits(product, bias, LOGIT_SCALE, SOFTCAP, HAS_BIAS)
         logits = tl.where(in_row, logits, float("-inf"))
         above = logits - lane_max
-        ratio = tl.exp(-tl.abs(above))
+        ratio = exp(-tl.abs(above))
         lane_sum = tl.where(above > 0, lane_sum * ratio + 1.0, lane_sum + ratio)
         lane_max = tl.maximum(lane_max, logits)
     row_max = tl.max(lane_max, axis=0)
-    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0))
+    log_sum = tl.log(tl.sum(lane_sum * exp(lane_max - row_max), axis=0))
 
     target = tl.load(targets_ptr + row).to(tl.int64)
     in_vocabulary = (target >= 0) & (target < V)
@@ -114,7 +114,7 @@ def logit_grad_kernel(
             capped = tanh(x * (1.0 / SOFTCAP))
             slope = LOGIT_SCALE * (1.0 - capped * capped)
             logits = SOFTCAP * capped
-        grad = coef * (tl.where(offs_v == target, 1.0, 0.0) - tl.exp(logits - lse)) * slope
+        grad = coef * (tl.where(offs_v == target, 1.0, 0.0) - exp(logits - lse)) * slope
         # A masked token has no gradient, not even where a wholly masked row makes its softmax NaN.
         grad = tl.where(x == float("-inf"), 0.0, grad)
         tl.store(out_row_ptr + offs_v, grad.to(out_ptr.dtype.element_ty), mask=in_row)

@@ -24,7 +24,7 @@ SHAPES = {
     "fewer columns than a block": (17, 13, 20),
     "nothing divides": (37, 531, 45),
     "all rows fit 16 bytes": (48, 512, 64),
-    "rows and columns beyond one program of every kernel": (FLAG_ROWS + 3, 1100, 33),
+    "rows and columns beyond one program of every kernel": (FLAG_ROWS + 3, 600, 33),
 }
 
 
