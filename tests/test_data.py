@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 import datasets
@@ -14,7 +15,17 @@ from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer
 from tokenizers import AddedToken
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import Row, read_rows, rows_from, split_by_prompt, stop_token_ids, tokenize_rows
+from d2o_fast.data import (
+    Row,
+    prompt_key,
+    read_rows,
+    read_sources,
+    rows_from,
+    split_by_prompt,
+    stop_token_ids,
+    tokenize_rows,
+    without_duplicates,
+)
 from d2o_fast.errors import D2OError, DataError
 
 CONFIG = D2OConfig(max_length=64, max_completion_length=32)
@@ -93,6 +104,94 @@ def test_safe_rlhf_gives_one_negative_per_unsafe_response():
     assert [(row.rejected, row.index) for row in rows] == [("zero", 2), ("one", 3), ("zero", 4), ("one", 4)]
 
 
+HH = {
+    "chosen": "\n\nHuman: a\n\nAssistant: b",
+    "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d e",
+}
+ULTRA = {"prompt": "a", "chosen": answer("good"), "rejected": [{"role": "user", "content": "a"}, *answer("b")]}
+SWIFT = {"messages": [*USER, *answer("good")], "rejected_response": "go away"}
+
+
+def test_a_transcript_is_split_at_its_last_answer():
+    (row,) = rows_from([HH])
+    assert row.prompt == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert row.rejected == " d e"
+
+
+def test_a_chat_is_split_before_its_last_message():
+    system = {"role": "system", "content": "s"}
+    longer = [system, *USER, *answer("hm"), *USER, *answer("no")]
+    rows = rows_from([ULTRA, {"chosen": answer("x"), "rejected": longer}, {**ULTRA, "prompt": "a "}])
+    assert rows[0].prompt == rows[2].prompt == [{"role": "user", "content": "a"}]
+    assert rows[0].rejected == answer("b")
+    assert (rows[1].prompt, rows[1].rejected) == (longer[:-1], answer("no"))
+    assert rows_from([{**CHAT, "chosen": answer("x")}])[0].prompt == USER, "messages in prompt: as before"
+
+
+def test_swift_replaces_the_answer():
+    questions = {"messages": [*USER, *answer("hm"), *USER], "rejected_response": "no"}
+    rows = rows_from([SWIFT, questions])
+    assert [(row.prompt, row.rejected) for row in rows] == [
+        (USER, answer("go away")),
+        (questions["messages"], answer("no")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "unused"),
+    [
+        (HH, "HH-RLHF", ["chosen"]),
+        (ULTRA, "UltraFeedback", ["chosen"]),
+        (SWIFT, "ms-swift", []),
+        ({"prompt": "a", "rejected": "b", "chosen": "c", "id": 3}, "prompt \\+ rejected", ["chosen", "id"]),
+    ],
+)
+def test_the_columns_are_recognised_and_said(tmp_path, record, columns, unused, caplog):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([record]), path)
+    with caplog.at_level(logging.INFO, logger="d2o_fast"):
+        (source,) = read_sources(str(path))
+    assert re.search(f"a.parquet: 1 rows, 1 negatives .{columns}", caplog.text)
+    assert source.unused == unused
+
+
+def test_several_files_are_read_in_order(tmp_path, caplog):
+    rows = tiny_rows(6)
+    one = write_lines(tmp_path / "b1.jsonl", *rows[:3])
+    two = write_lines(tmp_path / "b2.jsonl", *rows[3:5])
+    other = write_lines(tmp_path / "a.json", {**rows[0], "chosen": "x"}, {"prompt": "p", "rejected": "r"})
+    pq.write_table(pa.Table.from_pylist([SWIFT]), tmp_path / "swift.parquet")
+    read = read_rows([str(tmp_path / "b*.jsonl"), str(tmp_path / "swift.parquet")])
+    assert [(row.source, row.index) for row in read[:5]] == [(one, 1), (one, 2), (one, 3), (two, 1), (two, 2)]
+    assert read[5].rejected == answer("go away")
+    with caplog.at_level(logging.INFO, logger="d2o_fast"):
+        read = read_rows([one, other])
+    assert [row.prompt for row in read] == [row["prompt"] for row in rows[:3]] + ["p"]
+    assert f"1 of 5 negatives left out as duplicates ({other}, row 1 repeats {one}, row 1)" in caplog.text
+    for names, message in (
+        (str(tmp_path / "c*.jsonl"), r"c\*.jsonl: no file fits this pattern"),
+        ([], "an empty list"),
+        ([one, str(tmp_path / "b*.jsonl")], "b1.jsonl: named twice"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_rows(names)
+    (tmp_path / "odd[1].jsonl").write_text(json.dumps(GOOD))
+    assert len(read_rows(str(tmp_path / "odd[1].jsonl"))) == 1, "a file that is there is not a pattern"
+
+
+def test_what_differs_in_anything_is_no_duplicate(caplog):
+    records = [GOOD, {**GOOD, "rejected": "c"}, {**GOOD, "anchors": ["x"]}, {"prompt": "ab", "rejected": "b"}, GOOD]
+    rows = rows_from(records)
+    assert len(rows) == 5
+    with caplog.at_level(logging.INFO, logger="d2o_fast"):
+        assert without_duplicates(rows[:4]) == rows[:4]
+        assert not caplog.text
+        assert without_duplicates(rows) == rows[:4]
+    assert "1 of 5 negatives left out as duplicates (train_dataset, row 5 repeats train_dataset, row 1)" in caplog.text
+    chats = rows_from([CHAT, {**CHAT, "prompt": [{"content": USER[0]["content"], "role": "user"}]}])
+    assert len(without_duplicates(chats)) == 1, "the order of keys does not matter"
+
+
 def test_columns_that_are_not_used_are_named(caplog):
     with caplog.at_level(logging.INFO, logger="d2o_fast"):
         rows_from([{"prompt": "a", "rejected": "b", "chosen": "c"}], "here")
@@ -152,13 +251,38 @@ FAULTS = {
         r"prompt\[0\]",
         "half",
     ),
+    "no transcript": ({**HH, "rejected": "a b"}, "rejected", r"no '.n.nAssistant:' in the transcript 'a b'"),
+    "empty end of a transcript": ({**HH, "rejected": "\n\nHuman: a\n\nAssistant: "}, "rejected", "response is empty"),
+    "empty start of a transcript": ({**HH, "rejected": "\n\nAssistant: b"}, "rejected", "prompt is empty"),
+    "no transcript at all": ({**HH, "rejected": 3}, "rejected", "found an integer 3 where a string"),
+    "no answer in a chat": ({**ULTRA, "rejected": USER}, "rejected", "found messages of user. Give the whole chat"),
+    "chat of an answer alone": ({**ULTRA, "rejected": answer("b")}, "rejected", "found messages of assistant"),
+    "question at the end": ({**ULTRA, "rejected": [*answer("b"), *USER]}, "rejected", "messages of assistant, user"),
+    "another prompt": ({**ULTRA, "prompt": "b"}, "prompt", "a string 'b' is none of the messages in rejected"),
+    "empty answer in a chat": (
+        {**ULTRA, "rejected": [*ULTRA["rejected"][:1], *answer("")]},
+        r"rejected\[1\]",
+        "response is empty",
+    ),
+    "string for a chat": ({**ULTRA, "rejected": "b"}, "rejected", "found a string 'b' where a list of messages"),
+    "two rejected responses": ({**SWIFT, "rejected_response": ["a"]}, "rejected_response", r"found a list \['a'\]"),
+    "empty rejected response": ({**SWIFT, "rejected_response": " "}, "rejected_response", "the response is empty"),
+    "string for messages": ({**SWIFT, "messages": "a"}, "messages", "found a string 'a' where a list of messages"),
+    "answers alone": ({**SWIFT, "messages": answer("a")}, "messages", "found messages of assistant. Give the question"),
+    "role unknown to swift": (
+        {**SWIFT, "messages": [{"role": "bot", "content": "a"}]},
+        r"messages\[0\]",
+        "role is 'bot'",
+    ),
     "not an object": (["a", "b"], None, r"found a list \['a', 'b'\]. Each row must be an object"),
 }
 
 
 @pytest.mark.parametrize(("record", "field", "message"), FAULTS.values(), ids=FAULTS.keys())
 def test_a_fault_names_file_row_field_and_fix(tmp_path, record, field, message):
-    first = [] if field is None or "completion" in record or "response_0" in record else [GOOD]
+    forms = {"chosen": HH, "messages": SWIFT, "completion": None, "response_0": None}
+    first = next((good for name, good in forms.items() if name in record), GOOD) if field is not None else None
+    first = [ULTRA if record.get("chosen") == ULTRA["chosen"] else first] if first else []
     path = write_lines(tmp_path / "negatives.jsonl", *first, record)
     place = f"{path}, row {1 + len(first)}" + (f", field '{field}'" if field else "")
     with pytest.raises(DataError, match=f"^{place}: .*{message}") as caught:
@@ -230,6 +354,24 @@ def test_a_prompt_is_on_one_side_and_stays_there():
     _, later = split_by_prompt(rows[::-1] + rows_from(tiny_rows(20)), 0.25)
     assert {row.prompt for row in held_out} <= {row.prompt for row in later}
     assert split_by_prompt(rows, 0.0) == (rows, [])
+
+
+def test_chats_are_split_by_their_prompt_too():
+    """Two negatives of a chat stay together, and so do a chat of one question and the same question as a string."""
+    questions = [[{"role": "user", "content": f"q{i}"}] for i in range(60)]
+    longer = [[{"role": "system", "content": "s"}, *question] for question in questions]
+    chats = [{"prompt": p, "rejected": answer(r)} for p in questions + longer for r in ("a", "b")]
+    rows = rows_from(chats) + rows_from([{"prompt": f"q{i}", "rejected": "c"} for i in range(60)])
+    train, held_out = split_by_prompt(rows, 0.3)
+    assert len(train) + len(held_out) == len(rows)
+    assert not {prompt_key(row) for row in train} & {prompt_key(row) for row in held_out}
+    for i in range(60):
+        sides = {
+            side for side, rows in enumerate((train, held_out)) for row in rows if row.prompt in (questions[i], f"q{i}")
+        }
+        assert len(sides) == 1
+    for i in range(60):
+        assert sum(row.prompt == longer[i] for row in held_out) in (0, 2)
 
 
 def test_a_split_without_rows_is_refused():
