@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,12 +31,10 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         DataError: a prompt longer than ``max_length``, messages without a chat template or with one that rewrites the
             prompt when the response is added, a text without tokens.
     """
-    encoder = _Encoder(tokenizer)
     limit = config.max_length - config.max_completion_length
     cut_prompts = cut_responses = merged = 0
     examples = []
-    for row in rows:
-        prompt_ids, responses, row_merged = encoder.encode(row)
+    for row, (prompt_ids, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):
         if len(prompt_ids) > config.max_length:
             found = f"{len(prompt_ids)} tokens, more than max_length ({config.max_length})"
             raise DataError(row.source, row.index, "prompt", found, "Shorten it, remove the row or raise max_length")
@@ -44,7 +42,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         cut_responses += sum(len(response) > config.max_completion_length for response in responses)
         merged += row_merged
         responses = [response[: config.max_completion_length] for response in responses]
-        prompt_ids = _cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
+        prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
         examples.append(Example(prompt_ids, responses[0], responses[1:], []))
     if merged:
         logger.info(
@@ -61,6 +59,19 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         config.max_completion_length,
     )
     return examples
+
+
+def encode_rows(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[list[int]], bool]]:
+    """Of each row, nothing cut: the prompt's ids, those of the negative and of each given anchor, and whether any
+    response had to be tokenised alone.
+
+    Raises:
+        DataError: as ``tokenize_rows``, lengths aside.
+    """
+    encoder = _Encoder(tokenizer)
+    yield from map(encoder.encode, rows)
 
 
 def tokenize_drawn(
@@ -107,7 +118,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterabl
     return sorted(stops)
 
 
-def _cut_prompt(ids: list[int], limit: int, mode: str, bos: int | None) -> list[int]:
+def cut_prompt(ids: list[int], limit: int, mode: str, bos: int | None) -> list[int]:
+    """At most ``limit`` of the prompt's ids; a leading BOS stays."""
     if len(ids) <= limit:
         return ids
     if mode == "keep_start":
