@@ -34,8 +34,10 @@ from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id
 from d2o_fast.ops import linear_logprob
 from d2o_fast.reference import sequence_logps
 from d2o_fast.sampling import evaluating, sample_responses
+from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
 from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
 from d2o_fast.sharing import choose_sharing
+from d2o_fast.tokens import encode_rows, tokenize_drawn
 
 __all__ = ["AnchorStore", "build_store", "expected_fingerprint", "reference_logps"]
 
@@ -128,8 +130,9 @@ def build_store(
 ) -> AnchorStore:
     """Makes the store in ``folder``, or completes the one that is there.
 
-    Rows without anchors get K = ``config.num_generations`` of them, drawn from the model; all responses are scored.
-    Of a PeftModel, the model without its adapter draws and scores.
+    Rows without anchors get K = ``config.num_generations`` of them, drawn from the model, here or where
+    ``config.server_url`` serves it; all responses are scored here. Of a PeftModel, the model without its adapter draws
+    and scores.
 
     Args:
         model: the initial model, from which training will start: both references, pi_r+ and pi_r-.
@@ -139,7 +142,7 @@ def build_store(
         FingerprintError: the folder holds anchors made under other conditions.
         DataError: rows that cannot be used, all of them checked before the first is sampled.
         D2OError: another process at work in the folder, a damaged shard, fewer responses than asked for, a score that
-            is not finite, an adapter that is already trained.
+            is not finite, an adapter that is already trained, a server that cannot be sampled from.
     """
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
@@ -212,6 +215,10 @@ class _ShardMaker:
     def __init__(self, model: nn.Module, tokenizer: Any, config: D2OConfig, stops: list[int]) -> None:
         self.model, self.tokenizer, self.config, self.stops = model, tokenizer, config, stops
         self.pad = pad_token_id(tokenizer)
+        self.server: ServerSampler | None = None
+        if config.server_url is not None:
+            name = config.server_model or config.model_name_or_path
+            self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
         _refuse_trained_adapter(model)
         with _adapter_disabled(model):
             self.decoder = decoder_of(model)
@@ -219,7 +226,7 @@ class _ShardMaker:
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
         with _adapter_disabled(self.model):
-            examples = self._with_anchors(shard, examples)
+            examples = self._with_anchors(shard, rows, examples)
             if self.shared is None:
                 self.shared = choose_sharing(self.model, self.decoder, examples, self.config, self.pad).on
             scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad, self.shared)
@@ -234,14 +241,23 @@ class _ShardMaker:
             records.append(self._record(first + i, row, example, logps))
         return pa.Table.from_pylist(records, schema=SCHEMA)
 
-    def _with_anchors(self, shard: int, examples: Sequence[Example]) -> list[Example]:
-        config = self.config
+    def _with_anchors(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> list[Example]:
         wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
-        base = base_of(self.model)
+        if self.server is None:
+            drawn = self._drawn_here(shard, [examples[i] for i in wanted])
+        else:
+            drawn = self._drawn_there(self.server, shard, [rows[i] for i in wanted], [examples[i] for i in wanted])
+        filled = list(examples)
+        for i, anchors in zip(wanted, drawn, strict=True):
+            filled[i] = replace(examples[i], anchor_ids=anchors)
+        return filled
+
+    def _drawn_here(self, shard: int, examples: Sequence[Example]) -> list[list[list[int]]]:
+        config, base = self.config, base_of(self.model)
         with autocast(config, base.device):
-            drawn = sample_responses(
+            return sample_responses(
                 base,
-                [examples[i].prompt_ids for i in wanted],
+                [example.prompt_ids for example in examples],
                 config.num_generations,
                 max_new_tokens=config.max_completion_length,
                 temperature=config.temperature,
@@ -250,10 +266,26 @@ class _ShardMaker:
                 pad_token_id=self.pad,
                 seed=_shard_seed(config.sampling_seed, shard),
             )
-        filled = list(examples)
-        for i, anchors in zip(wanted, drawn, strict=True):
-            filled[i] = replace(examples[i], anchor_ids=anchors)
-        return filled
+
+    def _drawn_there(
+        self, server: ServerSampler, shard: int, rows: Sequence[Row], examples: Sequence[Example]
+    ) -> list[list[list[int]]]:
+        config = self.config
+        prompts = []
+        for row, example, (whole, *_) in zip(rows, examples, encode_rows(rows, self.tokenizer), strict=True):
+            cut = whole != example.prompt_ids
+            place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
+            prompts.append(ServerPrompt(example.prompt_ids if cut else row.prompt, len(example.prompt_ids), place))
+        how = Sampling(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            eos_token_ids=tuple(self.stops),
+            seed=(config.sampling_seed, shard),
+        )
+        draws = server.sample(prompts, config.num_generations, how)
+        texts = [[(draw.text, draw.ended) for draw in of_prompt] for of_prompt in draws]
+        return tokenize_drawn(rows, texts, self.tokenizer, config, self.stops)
 
     def _record(self, index: int, row: Row, example: Example, logps: list[float]) -> dict[str, Any]:
         if row.anchors is None:

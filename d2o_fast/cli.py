@@ -1,4 +1,4 @@
-"""``d2o demo | sample | train | eval | doctor``.
+"""``d2o demo | sample | anchors | train | eval | doctor``.
 
     d2o train config.yaml --learning_rate 1e-5
 
@@ -26,6 +26,7 @@ from d2o_fast.errors import D2OError
 COMMANDS = {
     "demo": "align a small model from start to finish and show what it did",
     "sample": "draw K anchors per prompt and score them and the negatives",
+    "anchors": "inspect the anchors that were made, or export them for other trainers",
     "train": "train a model away from its negatives (samples first what is missing)",
     "eval": "held-out loss, rewards and judge: the initial model beside the trained one",
     "doctor": "what this machine has, which paths will run, and why not the others",
@@ -61,10 +62,16 @@ def _run(command: str, arguments: list[str]) -> int:
         from d2o_fast.demo.run import main as demo
 
         return demo(arguments)
+    if command == "anchors":
+        from d2o_fast.inspect_store import main as anchors
+
+        return anchors(arguments)
     if command == "doctor":
         from d2o_fast.doctor import main as doctor
 
         return doctor(arguments)
+    dry_run = command == "sample" and "--dry-run" in arguments
+    arguments = [argument for argument in arguments if not (dry_run and argument == "--dry-run")]
     extra = {"eval_model": "folder of the trained model; output_dir if not given"} if command == "eval" else {}
     parsed = parse(command, arguments, extra)
     if parsed is None:
@@ -73,6 +80,8 @@ def _run(command: str, arguments: list[str]) -> int:
     _show_log()
     if command == "eval":
         return _eval(config, options["eval_model"])
+    if dry_run:
+        return _dry_run(config)
     return {"sample": _sample, "train": _train}[command](config)
 
 
@@ -154,9 +163,9 @@ def _parser(command: str, extra: dict[str, str]) -> Any:
 
     parser = ArgumentParser(
         prog=f"d2o {command}",
-        usage=f"d2o {command} [config.yaml] [--setting value ...]",
+        usage=f"d2o {command} [config.yaml] {'[--dry-run] ' if command == 'sample' else ''}[--setting value ...]",
         description=f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}. A setting given as a flag wins over the "
-        "file's.",
+        f"file's.{' With --dry-run it says what it understood of the data, and stops.' if command == 'sample' else ''}",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="the settings file may also come first, without --config")
@@ -191,6 +200,19 @@ def _help() -> str:
 
 
 # --- Commands ----------------------------------------------------------------------------------------------------
+
+
+def _dry_run(config: D2OConfig) -> int:
+    from d2o_fast.dry_run import describe
+    from d2o_fast.models import load_tokenizer
+    from d2o_fast.prepare import read_datasets
+
+    tokenizer = load_tokenizer(config)
+    for name, rows in zip(("train", "eval"), read_datasets(config), strict=True):
+        if rows:
+            print(describe(name, rows, tokenizer, config), end="\n\n")
+    print("nothing was sampled or written (--dry-run)")
+    return 0
 
 
 def _sample(config: D2OConfig) -> int:

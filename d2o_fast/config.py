@@ -12,6 +12,7 @@ _POSITIVE = (
     "max_completion_length",
     "num_generations",
     "sampling_batch_size",
+    "server_concurrency",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -47,9 +48,9 @@ class D2OConfig:
     chat_template_path: str | None = None  #: a Jinja file that replaces the tokenizer's template
 
     # Data
-    dataset_name: str | None = None  #: .jsonl, .json or .parquet file, or a name on the Hugging Face hub
+    dataset_name: str | list[str] | None = None  #: .jsonl, .json or .parquet file, pattern, hub name, or a list of them
     dataset_split: str = "train"  #: split of a hub data set
-    eval_dataset_name: str | None = None  #: held-out data in the same forms
+    eval_dataset_name: str | list[str] | None = None  #: held-out data in the same forms
     eval_fraction: float = 0.0  #: share of the prompts held out when there is no eval_dataset_name
     max_length: int = 1024  #: tokens of prompt + response
     max_completion_length: int = 256  #: tokens of a response; longer ones lose their end
@@ -62,6 +63,10 @@ class D2OConfig:
     top_p: float = 1.0
     sampling_seed: int = 0  #: seeds the anchors and nothing else
     sampling_batch_size: int = 16  #: prompts per shard, each of which is drawn and scored together
+    server_url: str | None = None  #: anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1
+    server_model: str | None = None  #: name under which the server serves it; model_name_or_path if not given
+    server_concurrency: int = 16  #: prompts under way at a time
+    server_timeout: float = 600.0  #: seconds for one request
 
     # Loss
     alpha: float = 0.1  #: weight of the negative
@@ -112,6 +117,7 @@ class D2OConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _require(self.alpha + self.beta > 0, "alpha and beta", (self.alpha, self.beta), "not both 0")
         _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
+        _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")
         _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "a share in [0, 1)")

@@ -55,6 +55,7 @@ def expected_fingerprint(
         "tokenizer": _tokenizer_digest(tokenizer),
         "chat_template": _digest(tokenizer.chat_template) if chat else None,
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),
+        "sampler": "generate" if config.server_url is None else "server",  # a server's draws come back as text
         **{name: getattr(config, name) for name in _SETTINGS},
     }
 

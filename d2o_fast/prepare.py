@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import Row, read_rows, split_by_prompt
+from d2o_fast.data import Row, prompt_key, read_rows, split_by_prompt
 from d2o_fast.errors import D2OError
 from d2o_fast.models import base_of, load_model
+
+logger = logging.getLogger("d2o_fast")
 
 
 def refuse_many_processes() -> None:
@@ -48,7 +51,11 @@ def read_datasets(config: D2OConfig) -> tuple[list[Row], list[Row] | None]:
     if config.eval_dataset_name is not None:
         if config.eval_fraction > 0:
             raise D2OError("eval_dataset_name and eval_fraction are both set; held-out data come from one of them")
-        return rows, read_rows(config.eval_dataset_name, config.dataset_split)
+        held_out = read_rows(config.eval_dataset_name, config.dataset_split)
+        shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
+        if shared:
+            logger.warning("%d prompts of eval_dataset_name are in dataset_name too, and trained on", len(shared))
+        return rows, held_out
     if config.eval_fraction > 0:
         return split_by_prompt(rows, config.eval_fraction)
     return rows, None

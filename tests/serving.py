@@ -54,7 +54,7 @@ class Proxy:
         like_vllm: takes sampling parameters as fields, prompts as token ids, and honours ``n``.
 
     Attributes:
-        log: one entry for each POST request: its body, its fault, and the texts that went out whole.
+        log: one entry for each POST request: its body, its fault, and the texts that were sent whole.
     """
 
     def __init__(
@@ -133,13 +133,13 @@ class Proxy:
         if fault == "half":
             handler.wfile.write(data[: len(data) // 2])
         elif fault == "drip":
-            for i in range(40):
-                handler.wfile.write(data[i : i + 1])
+            for i in range(0, len(data), len(data) // 40):  # whole in the end, after four seconds
+                handler.wfile.write(data[i : i + len(data) // 40])
                 time.sleep(0.1)
         else:
-            handler.wfile.write(data)
-            if status == 200 and fault in (None, "fewer"):
+            if status == 200 and fault in (None, "fewer"):  # before it goes out: the test may look at once
                 entry["texts"] = [c.get("text", c.get("message", {}).get("content")) for c in answer["choices"]]
+            handler.wfile.write(data)
 
     def forward(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if not self.like_vllm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -96,6 +97,57 @@ def test_train_samples_first_and_lora_is_evaluated(inputs: Path, capsys: pytest.
     run(capsys, "eval", str(inputs / "config.yaml"), *flags)
     report = json.loads((inputs / "lora" / "eval.json").read_text())
     assert report["trained"]["eval_loss"] < report["initial"]["eval_loss"] - 0.01
+
+
+def test_a_dry_run_says_what_it_understood_and_does_nothing(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--output_dir", str(tmp_path / "run"), "--dry-run")
+    printed, log = run(capsys, "sample", str(inputs / "config.yaml"), *flags)
+    found = re.findall(r"^(train|eval): (\d+) negatives of (\d+) prompts; (\d+) anchors to draw", printed, re.MULTILINE)
+    assert [name for name, *_ in found] == ["train", "eval"]
+    assert sum(int(negatives) for _, negatives, _, _ in found) == 12
+    assert all(int(to_draw) == 2 * int(negatives) for _, negatives, _, to_draw in found)
+    assert "⟦ go away" in printed
+    assert printed.endswith("nothing was sampled or written (--dry-run)\n")
+    assert "12 rows, 12 negatives (prompt + rejected)" in log
+    assert not (tmp_path / "run").exists()
+    _, error = run(capsys, "train", str(inputs / "config.yaml"), "--dry-run", status=2)
+    assert "unknown flag --dry-run" in error
+    printed, _ = run(capsys, "sample", "--help")
+    assert "[--dry-run]" in printed
+
+
+def test_several_data_files(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a list in the file, as a list in a flag, as a pattern; a prompt that is on both sides is said to be."""
+    rows = [json.dumps(row) + "\n" for row in tiny_rows(9)]
+    for name, part in (("a", rows[:4]), ("b", rows[4:8]), ("c", rows[6:9])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    settings = yaml.safe_load((inputs / "config.yaml").read_text())
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({**settings, "dataset_name": [a, b]}))
+    plain = str(inputs / "config.yaml")
+    for arguments in (
+        [str(tmp_path / "list.yaml")],
+        [plain, f"--dataset_name=[{a}, {b}]"],
+        [plain, f"--dataset_name={tmp_path}/[ab].jsonl"],
+    ):
+        printed, _ = run(capsys, "sample", *arguments, "--dry-run", "--eval_fraction=0")
+        assert printed.startswith("train: 8 negatives of 8 prompts")
+    flags = (f"--dataset_name=[{a}, {b}]", "--eval_dataset_name", c, "--eval_fraction=0")
+    _, log = run(capsys, "sample", plain, *flags, "--dry-run")
+    assert "2 prompts of eval_dataset_name are in dataset_name too, and trained on" in log
+
+
+def test_anchors_are_inspected_and_exported(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "sample", str(inputs / "config.yaml"), "--output_dir", str(tmp_path))
+    printed, _ = run(capsys, "anchors", "inspect", str(tmp_path / "anchors"))
+    assert len(re.findall(r"^\d+ prompts, \d+ anchors", printed, re.MULTILINE)) == 2
+    run(capsys, "anchors", "export", str(tmp_path / "anchors" / "train"), str(tmp_path / "out.jsonl"))
+    line = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"prompt", "chosen", "rejected"}
+    _, error = run(capsys, "anchors", "export", str(tmp_path), status=2)
+    assert "usage: d2o anchors inspect FOLDER" in error
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------

@@ -184,6 +184,7 @@ def test_what_differs_in_anything_is_no_duplicate(caplog):
     rows = rows_from(records)
     assert len(rows) == 5
     with caplog.at_level(logging.INFO, logger="d2o_fast"):
+        caplog.clear()
         assert without_duplicates(rows[:4]) == rows[:4]
         assert not caplog.text
         assert without_duplicates(rows) == rows[:4]

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import subprocess
+import sys
+import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from serving import Proxy, free_port, transformers_serve
+from test_anchors import contents
 from test_sampling import chi_square_excess, next_token, peaked_model
-from tiny import VOCAB_SIZE, save_tiny, tiny_rows, tiny_tokenizer
+from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import server as server_module
+from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
-from d2o_fast.errors import D2OError, DataError
+from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.server import Sampling, ServerPrompt, ServerSampler, request_seed
 from d2o_fast.tokens import tokenize_drawn
 
@@ -39,7 +49,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     save_tiny(folder / "chat", chat=True)
     save_tiny(folder / "peaked")
     peaked_model().save_pretrained(folder / "peaked")
-    hostile = {"do_sample": True, "top_k": 5, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 2.0}
+    hostile = {"do_sample": True, "top_k": 5, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 8.0}
     (folder / "peaked" / "generation_config.json").write_text(json.dumps({**hostile, "eos_token_id": 2}))
     with transformers_serve(folder / "log.txt") as url:
         yield url, folder
@@ -212,6 +222,172 @@ def test_after_a_lasting_fault_the_others_do_not_go_on(served: Any, monkeypatch:
         with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 400 "):
             one.sample([first, *PROMPTS], 1, sampling())
         assert time.monotonic() - started < 10
+
+
+# --- Into the store ----------------------------------------------------------------------------------------------
+
+
+def store_config(url: str, folder: Path, name: str = "plain", **options: Any) -> D2OConfig:
+    defaults = {"max_length": 64, "max_completion_length": 12, "num_generations": 3, "sampling_batch_size": 3}
+    server = {"server_url": url, "server_model": str(folder / name), "server_concurrency": 1}
+    return D2OConfig(**{**defaults, **server, **options})
+
+
+def build(folder: Path, config: D2OConfig, records: Any = None, chat: bool = False) -> AnchorStore:
+    rows = rows_from(tiny_rows(5) if records is None else records, "memory")
+    return build_store(tiny_model(chat=chat), tiny_tokenizer(chat), rows, config, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(served: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the store that a server without a fault gives."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Proxy(served[0], like_vllm=True) as proxy:
+        build(folder, store_config(proxy.url, served[1]))
+        assert len(proxy.log) == 1 + 5
+    return contents(folder)
+
+
+FAULTS = {  # what happens on the way, and what the log says of it
+    "refused": "Connection refused",
+    "closed": "RemoteDisconnected",
+    "slow": "no answer within 2 s",
+    "drip": "no answer within 2 s",
+    "half": r"half an answer .\d+ bytes, then the end",
+    "429": "HTTP 429 Too Many Requests: .*as the test wants it",
+    "500": "HTTP 500",
+    "503": "HTTP 503",
+    "truncated JSON": "that is not JSON, ending in",
+    "HTML": "an answer of 17 bytes that is not JSON, ending in '<html>busy</html>'",
+    "no choices": "an answer without choices",
+    "no text": "a choice that is no response .finish_reason None",
+    "aborted": "a choice that is no response .finish_reason 'abort'",
+    "fewer": "",  # no fault: the missing choices are asked for
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_the_way_loses_nothing(
+    served: Any, undisturbed: dict[str, bytes], fault: str, fast: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing lost, nothing twice, nothing made up: the store holds what the server said, the same bits as ever."""
+    where = (2, 5) if fault in ("slow", "drip") else (0, 2, 3, 5)
+    proxy = Proxy(served[0], dict.fromkeys(where, fault), like_vllm=True)
+    config = store_config(proxy.url, served[1], server_timeout=2.0 if fault in ("slow", "drip") else 30.0)
+    if fault == "refused":
+        proxy.faults = {}
+        threading.Timer(0.05, proxy.__enter__).start()  # the server comes up while the sampler is asking already
+    else:
+        proxy.__enter__()
+    try:
+        with caplog.at_level(logging.WARNING, logger="d2o_fast"):
+            store = build(tmp_path / "s", config)
+    finally:
+        proxy.__exit__()
+    said = Counter(text for e in proxy.log if e["body"]["max_tokens"] == 12 for text in e["texts"])
+    held = Counter(text for table in store._shards for texts in table["anchors"].to_pylist() for text in texts)
+    assert held == said
+    assert held.total() == 5 * 3
+    if fault == "fewer":  # what is missing is asked for one by one
+        assert [e["body"].get("n") for e in proxy.log] == [4, None, None, 3, None, 3, None, 3, 3, 3]
+        assert len({e["body"]["seed"] for e in proxy.log}) == 10
+    else:
+        assert contents(tmp_path / "s") == undisturbed
+        told = re.findall(rf"{FAULTS[fault]}.* .attempt \d of 8", caplog.text)
+        assert len(told) >= (1 if fault == "refused" else len(where))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("more", "6 choices to memory, row 1, where 3 were asked for"),
+        ("other tokens", r"reads memory, row 1 as \d+ tokens, and here it has \d+: the server has another tokenizer"),
+        ("400", "refuses memory, row 1 .HTTP 400 Bad Request: .*as the test wants it"),
+    ],
+)
+def test_what_cannot_pass_is_not_tried_again(served: Any, fault: str, message: str, tmp_path: Path) -> None:
+    with Proxy(served[0], {1: fault}, like_vllm=True) as proxy:
+        with pytest.raises(D2OError, match=message):
+            build(tmp_path / "s", store_config(proxy.url, served[1]))
+        asked = [e["body"]["prompt"] for e in proxy.log[1:]]
+    assert asked.count(asked[0]) == 1
+    assert not list((tmp_path / "s").glob("shard*"))
+
+
+def test_a_server_that_is_gone_for_good_and_comes_back(
+    served: Any, undisturbed: dict[str, bytes], fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "ATTEMPTS", 3)
+    with Proxy(served[0], dict.fromkeys(range(5, 99), "500"), like_vllm=True) as proxy:
+        config = store_config(proxy.url, served[1])
+        with pytest.raises(D2OError, match=r"memory, row 5: HTTP 500 .*as the test wants it.* .attempt 3 of 3"):
+            build(tmp_path / "s", config)
+        assert sorted(path.name for path in (tmp_path / "s").glob("*.parquet")) == ["shard-00000.parquet"]
+        proxy.faults.clear()
+        done = len(proxy.log)
+        build(tmp_path / "s", config)
+        assert len(proxy.log) - done == 1 + 2, "what is there is not asked for again"
+    assert contents(tmp_path / "s") == undisturbed
+
+
+def test_killed_while_sampling_it_ends_with_the_same_bits(
+    served: Any, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """SIGKILL between the second shard's requests; a command as a user gives it."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(5)))
+    with Proxy(served[0], like_vllm=True) as proxy:
+        config = store_config(proxy.url, served[1])
+        names = ("max_length", "max_completion_length", "num_generations", "sampling_batch_size", "server_url",
+                 "server_model", "server_concurrency")  # fmt: skip
+        flags = [f"--{name}={getattr(config, name)}" for name in names]
+        command = [sys.executable, "-m", "d2o_fast.cli", "sample", f"--model_name_or_path={served[1] / 'plain'}"]
+        command += [f"--dataset_name={tmp_path / 'data.jsonl'}", f"--output_dir={tmp_path / 'run'}", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        proxy.on_request = lambda number: process.kill() if number == 5 else None
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == -9, errors.decode()
+        folder = tmp_path / "run" / "anchors" / "train"
+        assert [path.name for path in folder.glob("*.parquet")] == ["shard-00000.parquet"]
+        proxy.on_request = lambda number: None
+        store = build(folder, config)
+    assert store.complete
+    for name, data in contents(folder).items():
+        if name.endswith(".parquet"):  # the same but for the name of the file that the rows come from
+            one, other = (pq.read_table(pa.BufferReader(d)).drop(["source"]) for d in (data, undisturbed[name]))
+            assert one.equals(other)
+
+
+def test_what_the_fingerprint_knows_of_a_server(served: Any, tmp_path: Path) -> None:
+    with Proxy(served[0], like_vllm=True) as proxy:
+        config = store_config(proxy.url, served[1])
+        store = build(tmp_path / "s", config)
+    rows, model, tokenizer = rows_from(tiny_rows(5)), tiny_model(), tiny_tokenizer()
+    elsewhere = replace(config, server_url="http://elsewhere", server_model="m", server_concurrency=9, server_timeout=1)
+    store.check(expected_fingerprint(model, tokenizer, rows, elsewhere))
+    with pytest.raises(FingerprintError, match=r"sampler: stored 'server', now 'generate'") as caught:
+        store.check(expected_fingerprint(model, tokenizer, rows, replace(config, server_url=None)))
+    assert set(caught.value.differences) == {"sampler"}
+
+
+def test_cut_prompts_chats_and_given_anchors_through_the_store(served: Any, tmp_path: Path) -> None:
+    url, folder = served
+    user = [{"role": "user", "content": "how to open the lock?"}]
+    records = [
+        {"prompt": user, "rejected": [{"role": "assistant", "content": "go away"}]},
+        {"prompt": [{"role": "user", "content": "x" * 42}], "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": user, "rejected": [{"role": "assistant", "content": "a"}],
+         "anchors": [[{"role": "assistant", "content": "it"}]]},
+    ]  # fmt: skip
+    with Proxy(url, like_vllm=True, tokenizer=tiny_tokenizer(True)) as proxy:
+        store = build(tmp_path / "s", store_config(proxy.url, folder, "chat"), records, chat=True)
+        sent = [e["body"] for e in proxy.log[1:]]
+    examples = store.examples()
+    assert [len(example.anchor_ids) for example in examples] == [3, 3, 1]
+    assert sent[0]["messages"] == user
+    assert sent[1]["prompt"] == examples[1].prompt_ids
+    assert len(sent) == 2
+    with pytest.raises(D2OError, match=r"row 2, cut to max_length and so sent as token ids .*must be a string"):
+        build(tmp_path / "t", store_config(url, folder, "chat"), records, chat=True)
 
 
 # --- Text to tokens ----------------------------------------------------------------------------------------------
