@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger("d2o_fast")
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
+_BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,17 @@ def _numbered(records: Any, source: str) -> Iterator[tuple[int, Any]]:
 def _read_json(path: str) -> Iterator[tuple[int, Any]]:
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            start = file.read(1 << 12).removeprefix(_BOM).lstrip()
+            file.seek(0)
+            if path.lower().endswith(".json") and start.startswith(b"["):
+                yield from enumerate(_parse(file.read().removeprefix(_BOM), path, None), start=1)
+                return
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(_BOM).rstrip()
+                if line:
+                    yield number, _parse(line, path, number)
     except OSError as error:
         raise DataError(path, None, None, f"cannot be read ({error.strerror})", "Check its permissions") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if path.lower().endswith(".json") and data.lstrip().startswith(b"["):
-        yield from enumerate(_parse(data, path, None), start=1)
-        return
-    for number, line in enumerate(data.splitlines(), start=1):
-        if line.strip():
-            yield number, _parse(line, path, number)
 
 
 def _parse(data: bytes, path: str, row: int | None) -> Any:
