@@ -117,6 +117,12 @@ class D2OConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _require(self.alpha + self.beta > 0, "alpha and beta", (self.alpha, self.beta), "not both 0")
         _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
+        _require(
+            self.server_model is None or self.server_url is not None,
+            "server_url",
+            self.server_url,
+            "where the server listens, since server_model is set",
+        )
         _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")

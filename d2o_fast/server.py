@@ -98,6 +98,8 @@ class ServerSampler:
     def __init__(self, url: str, model: str, concurrency: int, timeout: float) -> None:
         if not url.startswith(("http://", "https://")):
             raise D2OError(f"server_url is {url!r}; it must be like 'http://localhost:8000/v1'")
+        if not model:
+            raise D2OError("server_model is not set: give the name under which the server serves the initial model")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.model, self.concurrency, self.timeout = model, concurrency, timeout
         self._form: Any = None  # how the server takes sampling parameters, once it is known

@@ -159,6 +159,12 @@ def test_what_cannot_be_right_is_refused_at_once(served: Any) -> None:
     url, folder = served
     with pytest.raises(D2OError, match=r"server_url is 'localhost:8000'; it must be like 'http://"):
         sampler("localhost:8000", folder)
+    with pytest.raises(D2OError, match="server_model is not set: give the name"):
+        ServerSampler(url, "", 1, 1.0)
+    with pytest.raises(D2OError, match="server_url is None; it must be where the server listens, since server_model"):
+        D2OConfig(server_model="m")
+    with pytest.raises(D2OError, match="server_timeout is 0; it must be a number > 0"):
+        D2OConfig(server_timeout=0)
     with pytest.raises(D2OError, match=r"refuses requests for here, row 1 .*Check server_url and server_model"):
         sampler(url, folder, "plain").sample([ServerPrompt([5, 6], 2, "here, row 1")], 2, sampling())
     with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 404 .*Check server_url"):
@@ -368,7 +374,7 @@ def test_what_the_fingerprint_knows_of_a_server(served: Any, tmp_path: Path) -> 
     elsewhere = replace(config, server_url="http://elsewhere", server_model="m", server_concurrency=9, server_timeout=1)
     store.check(expected_fingerprint(model, tokenizer, rows, elsewhere))
     with pytest.raises(FingerprintError, match=r"sampler: stored 'server', now 'generate'") as caught:
-        store.check(expected_fingerprint(model, tokenizer, rows, replace(config, server_url=None)))
+        store.check(expected_fingerprint(model, tokenizer, rows, replace(config, server_url=None, server_model=None)))
     assert set(caught.value.differences) == {"sampler"}
 
 
