@@ -49,7 +49,7 @@ def test_the_python_snippets_run(after_the_demo: Path) -> None:
 
 def test_the_d2o_commands_run(after_the_demo: Path) -> None:
     lines = [line for line in commands() if line.startswith("d2o ")]
-    assert [line.split()[1] for line in lines] == ["doctor", "sample", "train", "eval"]
+    assert [line.split()[1] for line in lines] == ["doctor", "sample", "sample", "anchors", "train", "eval"]
     for line in lines:
         run(shlex.split(line), after_the_demo)
     assert (after_the_demo / "runs/again/eval.json").is_file()
