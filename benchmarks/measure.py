@@ -39,6 +39,7 @@ BOUNDS = {
     "fp16": {"loss": 4e-3, "rest": 1e-2},
 }
 MIN_ROUNDS = 3
+SLOW = 20.0  # times the floor: one round of so slow a provider says enough, and more would take the others' time
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -181,7 +182,10 @@ def _resident(field: str) -> int:
 def _time_interleaved(
     ready: dict[str, Functions], rows: dict[str, dict[str, Any]], problem: Problem, case: Case, emit: Emit, until: float
 ) -> None:
-    """Rounds in which every provider runs once, in a new order each time, after the device's own products."""
+    """Rounds in which every provider runs once, in a new order each time, after the device's own products.
+
+    A provider that takes ``SLOW`` times their floor, and more than a second, runs in the first round alone.
+    """
     device = problem.hidden.device
     for row in rows.values():
         row["seconds"] = []
@@ -197,7 +201,8 @@ def _time_interleaved(
             emit({"event": "provider", "name": name})
             with _failures_into(rows[name], case):
                 rows[name]["seconds"].append(timed(partial(step, ready[name], problem, case.mode), device))
-            if rows[name]["status"] == "failed":
+            taken = rows[name].get("seconds") or [0.0]
+            if rows[name]["status"] == "failed" or taken[-1] > max(1.0, SLOW * products.floor(MODES[case.mode])):
                 order.remove(name)
     floor = products.floor(MODES[case.mode])
     for row in rows.values():
