@@ -39,7 +39,7 @@ BOUNDS = {
     "fp16": {"loss": 4e-3, "rest": 1e-2},
 }
 MIN_ROUNDS = 3
-SLOW = 20.0  # times the floor: one round of so slow a provider says enough, and more would take the others' time
+SLOW = 10.0  # times the floor: one round of so slow a provider says enough, and more would take the others' time
 Emit = Callable[[dict[str, Any]], None]
 
 
