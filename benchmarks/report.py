@@ -10,7 +10,20 @@ from typing import Any
 from benchmarks.shapes import DTYPES, MODES
 
 Row = dict[str, Any]
-WHERE = ("suite", "head", "device", "dtype", "mode", "inputs", "N", "H", "V", "softcap")  # rows of one interleaved run
+WHERE = (
+    "suite",
+    "head",
+    "device",
+    "dtype",
+    "mode",
+    "inputs",
+    "N",
+    "H",
+    "V",
+    "S",
+    "G",
+    "softcap",
+)  # rows of one interleaved run
 
 
 def append_row(path: Path, row: Row) -> None:
