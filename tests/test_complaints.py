@@ -187,7 +187,7 @@ def test_linear_logprob_does_no_work_for_a_frozen_head() -> None:
     ("lengths", "rows", "most"),
     [
         ([[100, 100]], 60, 4),  # one staged prompt: as few chunks as hold it
-        ([[100, 101]], 200, 2),  # one token too many must not make a chunk of one token beside 200 others
+        ([[10, 201]], 200, 3),  # one token too many must not make a chunk of one token beside 200 others
         ([[10, 10]] * 10, 60, 4),  # three prompts to a chunk, the last one alone
         ([[16, 15]] * 10, 60, 10),  # two do not fit together: a chunk each, at least half full
         ([[10, 10]] * 10, 10_000, 1),  # everything at once
