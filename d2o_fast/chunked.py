@@ -117,8 +117,9 @@ class Engine(ABC):
             raise ValueError(
                 f"workspace_bytes is {workspace_bytes}; the fp32 logits of one token already take {row_bytes}"
             )
-        #: Columns of E that grad_filter_eps kept, times the tokens of their chunk; a number or a () tensor.
-        self.kept: torch.Tensor | int = 0
+        #: Columns of E that grad_filter_eps kept, times the tokens of their chunk. Filled on the device: a number
+        #: copied there from the host would wait for it.
+        self.kept = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
     def fits_without_accumulator(self, needs: Needs) -> bool:
         """Whether the whole batch can be one chunk, whose dWeight is rounded once from the product's own fp32 sum.
@@ -137,7 +138,10 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logps (N,), lse (N,)) of all tokens, wide. Nothing of their size times V is kept."""
+        """(logps (N,), what ``gradient`` must know of each row) of all tokens, wide; nothing of N times V is kept.
+
+        Of a row: its log-sum-exp (N,), or its maximum and the logarithm of its sum of exp(logit - maximum), (2, N).
+        """
 
     @abstractmethod
     def forward(self, start: int, end: int) -> torch.Tensor:
@@ -152,9 +156,9 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient(
-        self, lse: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(dhidden (N, H), dweight (V, H), dbias (V,)) for given lse (N,) and dL/dlogp (N,), the logits computed anew;
+        """(dhidden (N, H), dweight (V, H), dbias (V,)) for ``score``'s rows and dL/dlogp (N,), logits anew;
         each in its parameter's dtype, None where it is not needed."""
 
 

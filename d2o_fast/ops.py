@@ -8,13 +8,14 @@ any upstream gradient and computes the logits a second time for it.
 
 Memory beyond inputs and returned gradients: ``workspace_bytes`` of logits; one fp32 accumulator of the weight's size
 when the weight itself is trained in a 16-bit dtype and the batch does not fit one workspace; a second one when several
-prompts of the batch exceed the workspace (or one does, and ``anchor_weight`` is not 0); for such a prompt, fp32 dHidden
-of its tokens; with a 16-bit ``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
+prompts of the batch exceed the workspace (or one does, and the anchors' and the negative's ungated shares differ); for
+such a prompt, fp32 dHidden of its tokens; on a CPU, fp32 copies of 16-bit ``hidden`` and of its gradient; with a 16-bit ``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ def linear_logprob(
         weight: (V, H) the head, in ``hidden``'s dtype or an fp32 master. Its gradient has its own dtype.
         targets: (N,) int64 or int32 in [0, V). Checked on a CPU; on a GPU a check would wait for the device, and a
             target outside gives NaN.
-        bias: (V,) of the head. -inf takes a token out of the vocabulary.
+        bias: (V,) of the head. -inf takes a token out of the vocabulary, unless a softcap makes it finite again.
         softcap: tanh cap of the logits (Gemma 2), > 0.
         logit_scale: factor on the logits before the cap (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
         backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
@@ -243,8 +244,8 @@ class _FusedMarginLoss(torch.autograd.Function):
                 ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
             else:
                 walk.loss()
-        products = hidden.shape[0] * weight.shape[0]
-        skipped = 1.0 - torch.as_tensor(engine.kept, device=hidden.device).to(walk.losses.dtype) / max(1, products)
+        products = hidden.shape[0] * weight.shape[0] if any(needs) else 0  # without a gradient nothing is left out
+        skipped = (products - engine.kept).to(walk.losses.dtype) / max(1, products)
         results = (walk.logps, walk.chosen, walk.rejected, walk.margins, skipped)
         ctx.mark_non_differentiable(*results)
         return walk.losses.sum(), *results
@@ -319,7 +320,7 @@ def _check_prompts(
         )
     if ref_logps.device != hidden.device:
         raise ValueError(f"ref_logps is on {ref_logps.device}, hidden on {hidden.device}")
-    num_prompts = layout.num_prompts if num_prompts is None else int(num_prompts)
+    num_prompts = layout.num_prompts if num_prompts is None else operator.index(num_prompts)
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}; it divides the sum over prompts and must be at least 1")
     for name, value in margin._asdict().items():

@@ -8,7 +8,7 @@ A chunk's logits lie transposed, (V, n): a block of the vocabulary is one piece 
 CPU's cache from the product through all the passes over it. The forward replaces each logit by exp(logit - m), m the
 row's maximum up to its block, so that the backward needs no second exponential: with m_b that of block b
 
-    softmax = exp(logit - m_b) * exp(m_b - lse)
+    softmax = exp(logit - m_b) * exp(m_b - m) / sum        sum = that of exp(logit - m) over the row
     E.T     = softmax * -coef, plus coef at the target; times the slope of scale and softcap
 
 With a softcap the slope needs the logits themselves, which are then kept instead.
@@ -97,23 +97,24 @@ class TorchEngine(Engine):
         self.rounds = hidden.dtype == head.weight.dtype == torch.bfloat16 and multiplies_bf16(self.device)
         self.direct = self.rounds or hidden.dtype == head.weight.dtype == self.wide
         self._memory: dict[str, torch.Tensor] = {}
+        self.kept_logits: torch.Tensor | None = None
 
     # --- Without a gradient, and the gradient of given lse: every token passes by one block of the weight ------------
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         tiles = [_Statistics(self, a, b) for a, b in split(0, self.N, min(self.max_rows, MAX_TILE))]
         if not tiles:
-            empty = torch.empty(0, dtype=self.wide, device=self.device)
-            return empty, empty.clone()
+            empty = torch.empty(2, 0, dtype=self.wide, device=self.device)
+            return empty[0], empty
         for first, last in self._blocks(min(self.max_rows, MAX_TILE)):
             weight = self._weight_block(first, last)
             for tile in tiles:
                 tile.add(self._logits(weight, tile.hidden, first, last), first)
-        logps, lse = zip(*(tile.results() for tile in tiles), strict=True)
-        return torch.cat(logps), torch.cat(lse)
+        rows = torch.stack([torch.cat([tile.maximum for tile in tiles]), torch.cat([tile.sum.log() for tile in tiles])])
+        return torch.cat([tile.logps() for tile in tiles]), rows
 
     def gradient(
-        self, lse: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A block of dWeight is whole after one visit, so nothing of the weight's size is held beside it."""
         weight, bias = self.head.weight, self.head.bias
@@ -121,24 +122,25 @@ class TorchEngine(Engine):
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
         dbias = torch.empty_like(bias) if bias is not None and needs.bias else None
         tiles = list(split(0, self.N, min(self.max_rows, MAX_TILE)))
-        operand, wide = self._operand(0, self.N), self.hidden.to(self.wide)
+        operand = self._operand(0, self.N)
+        wide = operand if operand.dtype == self.wide or not needs.weight else self.hidden.to(self.wide)
         for first, last in self._blocks(min(self.max_rows, MAX_TILE)):
             block = self._weight_block(first, last)
-            block_dweight = torch.zeros(last - first, self.H, dtype=self.wide, device=self.device)
+            block_dweight = self._scratch("dweight", (last - first, self.H)) if needs.weight else None
             block_dbias = torch.zeros(last - first, dtype=self.wide, device=self.device)
             for a, b in tiles:
                 logits = self._logits(block, operand[a:b], first, last)
                 out = self._scratch("softmax", logits.shape) if self.head.softcap else logits
-                softmax = torch.sub(logits, lse[a:b], out=out).exp_()
+                softmax = torch.sub(logits, rows[0, a:b], out=out).sub_(rows[1, a:b]).exp_()
                 grad = self._finish(softmax.mul_(-coef[a:b]), logits, first, last, self.targets[a:b], coef[a:b])
                 if dhidden is not None:
                     product_(dhidden[a:b], grad.T, block, add=True)
-                if dweight is not None:
-                    product_(block_dweight, grad, wide[a:b], add=True)
+                if block_dweight is not None:
+                    product_(block_dweight, grad, wide[a:b], add=a > 0)
                 if dbias is not None:
                     block_dbias += grad.sum(1)
-            if dweight is not None:
-                dweight[first:last] = block_dweight
+            if dweight is not None and block_dweight is not None:
+                dweight[first:last] = block_dweight if tiles else 0.0
             if dbias is not None:
                 dbias[first:last] = block_dbias
         return None if dhidden is None else dhidden.to(self.hidden.dtype), dweight, dbias
@@ -147,6 +149,7 @@ class TorchEngine(Engine):
 
     def forward(self, start: int, end: int) -> torch.Tensor:
         n = end - start
+        self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
         self.kept_logits = self._scratch("chunk", (self.V, n))
         self.kept_maxima: list[torch.Tensor] = []
         statistics = _Statistics(self, start, end)
@@ -155,10 +158,11 @@ class TorchEngine(Engine):
             logits = self._logits(self._weight_block(first, last), statistics.hidden, first, last, out)
             self.kept_maxima.append(statistics.add(logits, first, in_place=not self.head.softcap))
         self.chunk = start, end
-        logps, self.kept_lse = statistics.results()
-        return logps
+        self.kept_maximum, self.kept_sum = statistics.maximum, statistics.sum
+        return statistics.logps()
 
     def backward(self, coef: torch.Tensor, dhidden: torch.Tensor | None, totals: Totals) -> None:
+        assert self.kept_logits is not None
         start, end = self.chunk
         n, hidden, targets = end - start, self.hidden[start:end], self.targets[start:end]
         if self.grad_filter_eps is not None:
@@ -169,14 +173,16 @@ class TorchEngine(Engine):
         into = None
         if dhidden is not None and not direct:
             into = dhidden.zero_() if dhidden.dtype == self.wide else torch.zeros_like(dhidden, dtype=self.wide)
-        wide = hidden.to(self.wide)
+        wide = hidden.to(self.wide) if totals.weight is not None else hidden
         for i, (first, last) in enumerate(self._blocks(n)):
             kept = self.kept_logits[first:last]
             out = self._scratch("softmax", kept.shape) if self.head.softcap or rounds else kept
             if self.head.softcap:
-                softmax = torch.sub(kept, self.kept_lse, out=out).exp_().mul_(-coef)
+                softmax = torch.sub(kept, self.kept_maximum, out=out).exp_().mul_(-coef / self.kept_sum)
             else:
-                softmax = torch.mul(kept, (self.kept_maxima[i] - self.kept_lse).exp_().mul_(-coef), out=out)
+                # Not exp(m_b - lse): lse is rounded at the size of the logits, and all of a row's softmax with it.
+                factor = (self.kept_maxima[i] - self.kept_maximum).exp_().div_(self.kept_sum).mul_(-coef)
+                softmax = torch.mul(kept, factor, out=out)
             grad = self._finish(softmax, kept, first, last, targets, coef)
             if totals.bias is not None:
                 _add(totals.bias[first:last], grad.sum(1), totals.fresh)
@@ -297,10 +303,9 @@ class _Statistics:
         self.maximum = maximum
         return maximum
 
-    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logps (n,), lse (n,)); (target - maximum) first: exact where the target is the likeliest token."""
-        log_sum = self.sum.log()
-        return (self.target - self.maximum) - log_sum, self.maximum + log_sum
+    def logps(self) -> torch.Tensor:
+        """(n,); (target - maximum) first: exact where the target is the likeliest token."""
+        return (self.target - self.maximum) - self.sum.log()
 
 
 class _Filtered:

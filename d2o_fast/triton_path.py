@@ -36,6 +36,7 @@ class TritonEngine(Engine):
         self.options = head.bias, head.softcap, head.logit_scale
         self._weight: torch.Tensor | None = None
         self._buffer: torch.Tensor | None = None
+        self.kept_logits: torch.Tensor | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -48,23 +49,25 @@ class TritonEngine(Engine):
         return linear_logprob_forward(self.hidden, self.head.weight, self.targets, *self.options)
 
     def forward(self, start: int, end: int) -> torch.Tensor:
+        self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
         self.chunk, self.kept_logits = slice(start, end), self._logits(start, end)
         logps, self.kept_lse = logit_stats(self.kept_logits, self.targets[start:end], *self.options)
         return logps
 
     def backward(self, coef: torch.Tensor, dhidden: torch.Tensor | None, totals: Totals) -> None:
+        assert self.kept_logits is not None
         self._gradient(self.kept_logits, self.chunk, self.kept_lse, coef, dhidden, totals)
 
     def gradient(
-        self, lse: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         hidden, (weight, bias) = self.hidden, (self.head.weight, self.head.bias)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
         totals = Totals.of(self.head, needs, one_chunk=self.max_rows >= self.N)
         for start, end in split(0, self.N, self.max_rows):
-            rows = slice(start, end)
-            into = None if dhidden is None else dhidden[rows]
-            self._gradient(self._logits(start, end), rows, lse[rows], coef[rows], into, totals)
+            chunk = slice(start, end)
+            into = None if dhidden is None else dhidden[chunk]
+            self._gradient(self._logits(start, end), chunk, rows[chunk], coef[chunk], into, totals)
         totals.zero_if_fresh()
         dweight = None if totals.weight is None else totals.weight.to(weight.dtype)
         return dhidden, dweight, None if totals.bias is None or bias is None else totals.bias.to(bias.dtype)

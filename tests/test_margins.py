@@ -134,6 +134,8 @@ def test_how_much_was_skipped_is_reported(backend: str, device: torch.device) ->
         arguments = (hidden, p.weight, p.targets, p.layout, p.ref_logps)
         return fused_d2o_loss(*arguments, backend=backend, grad_filter_eps=eps).skipped
 
+    with torch.no_grad():
+        assert skipped(1e-3) == 0.0, "no gradient, nothing to skip"
     assert skipped(None) is None
     assert skipped(0.0) == 0.0
     few, many = float(skipped(1e-4)), float(skipped(1e-3))

@@ -12,7 +12,7 @@ from ops_cases import Problem, assert_all_close, problem, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_d2o_loss
+from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
 
 MIXED = [[3, 1, 7], [2, 5], [9, 4, 4, 4], [1, 1]]
 
@@ -78,6 +78,47 @@ def test_memory_of_a_prompt_larger_than_the_workspace() -> None:
     three = peak(problem([[90, 60]] * 3, V, H), torch.float32, 20 * ROW)
     assert one.largest == three.largest == 20 * ROW
     assert 0.9 * weight_bytes < three.peak - one.peak < 1.1 * weight_bytes + 300 * (3 * 4 * H + 64)
+
+
+def test_one_chunk_is_held_at_a_time(device: torch.device) -> None:
+    """Also where a chunk is larger than the one before, whose logits must be gone by then. (On the device's own path:
+    Triton's interpreter keeps its arguments alive in cycles.)"""
+    peaks = []
+    for lengths in ([[9, 9], [10, 11]], [[10, 11], [9, 9]]):
+        p = problem(lengths, V, H)
+        leaves = [x.to(device).requires_grad_() for x in (p.hidden, p.weight)]
+        arguments = (*leaves, p.targets.to(device), p.layout, p.ref_logps.to(device))
+        with Storages() as storages:
+            fused_d2o_loss(*arguments, workspace_bytes=22 * ROW)
+        peaks.append(storages.peak)
+    assert abs(peaks[0] - peaks[1]) < 3 * ROW
+
+
+@pytest.mark.parametrize("offset", [-50.0, 300.0])
+@pytest.mark.parametrize("function", ["fused", "linear"])
+def test_logits_far_from_zero(function: str, offset: float) -> None:
+    """A common offset of a row's logits, as trained models have it, must not cost the gradient its digits: eager
+    subtracts the maximum before anything is rounded."""
+
+    def gradient(p: Problem, call: Callable[..., Any], dtype: torch.dtype) -> torch.Tensor:
+        hidden = p.hidden.to(dtype, copy=True).requires_grad_()
+        arguments = (hidden, p.weight.to(dtype), p.targets)
+        if call in (fused_d2o_loss, naive_d2o_loss):
+            call(*arguments, p.layout, p.ref_logps.to(dtype), bias=p.bias.to(dtype)).loss.backward()
+        else:
+            call(*arguments, bias=p.bias.to(dtype)).sum().backward()
+        return hidden.grad
+
+    ours, eager = (fused_d2o_loss, naive_d2o_loss) if function == "fused" else (linear_logprob, naive_linear_logprob)
+    errors = []
+    for seed in range(8):
+        p = problem([[20, 20]], V=2003, H=64, seed=seed)
+        p.weight *= 3
+        p.bias = torch.full((2003,), offset)
+        exact = gradient(p, eager, torch.float64)
+        errors.append([relative_errors(gradient(p, call, torch.float32), exact)[1] for call in (ours, eager)])
+    found, theirs = torch.tensor(errors).mean(0)
+    assert found <= 1.2 * theirs
 
 
 def shapes_of(p: Problem, frozen: tuple[str, ...]) -> list[tuple[int, ...]]:
@@ -253,6 +294,7 @@ def error_cases() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "scale": ({"logit_scale": float("nan")}, ValueError, "logit_scale is nan"),
         "alpha": ({"alpha": float("inf")}, ValueError, "alpha is inf"),
         "num_prompts": ({"num_prompts": 0}, ValueError, "num_prompts is 0"),
+        "half a prompt": ({"num_prompts": 2.5}, TypeError, "integer"),
         "backend": ({"backend": "cuda"}, ValueError, "'auto', 'torch' or 'triton'"),
         "workspace": ({"workspace_bytes": 43}, ValueError, "already take 44"),
         "fp64 on triton": (
