@@ -9,7 +9,8 @@ any upstream gradient and computes the logits a second time for it.
 Memory beyond inputs and returned gradients: ``workspace_bytes`` of logits; one fp32 accumulator of the weight's size
 when the weight itself is trained in a 16-bit dtype and the batch does not fit one workspace; a second one when several
 prompts of the batch exceed the workspace (or one does, and the anchors' and the negative's ungated shares differ); for
-such a prompt, fp32 dHidden of its tokens; on a CPU, fp32 copies of 16-bit ``hidden`` and of its gradient; with a 16-bit ``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
+such a prompt, fp32 dHidden of its tokens; on a CPU, fp32 copies of 16-bit ``hidden`` and of its gradient; with a 16-bit
+``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
 """
 
 from __future__ import annotations
