@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2o_fast.flash import Kernel
-from d2o_fast.packing import SharedRow, Spans, on_device, slices_index, take_rows
+from d2o_fast.layout import on_device
+from d2o_fast.packing import SharedRow, Spans, slices_index, take_rows
+from d2o_fast.products import wide_dtype
 
 
 def shared_attention(
@@ -161,7 +163,7 @@ def _mask(row: SharedRow, queries: int, keys: int, window: int | None, device: t
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
     # (1, A, queries, D) on (1, B, keys, D): the A // B query heads of one key head together
-    wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    wide = wide_dtype(q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
     scores = grouped @ k.to(wide).transpose(2, 3).unsqueeze(2) * scale
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -math.inf)

@@ -15,8 +15,9 @@ larger one is *staged*: chunk after chunk with ``E = r * (onehot - p)``, the sum
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,12 +30,16 @@ from d2o_fast.reference import Margin
 
 @dataclass(frozen=True)
 class Head:
-    """The head's parameters."""
+    """The head: ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``."""
 
     weight: torch.Tensor  #: (V, H)
     bias: torch.Tensor | None  #: (V,)
     softcap: float | None
     logit_scale: float
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that ``fused_d2o_loss`` and ``linear_logprob`` take."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 class Needs(NamedTuple):
@@ -110,16 +115,28 @@ class Engine(ABC):
         self.hidden, self.head, self.targets, self.grad_filter_eps = hidden, head, targets, grad_filter_eps
         self.workspace_bytes = workspace_bytes
         self.wide = wide_dtype(hidden.dtype)
-        self.N, self.V = hidden.shape[0], head.weight.shape[0]
+        self.N, (self.V, self.H) = hidden.shape[0], head.weight.shape
         row_bytes = self.V * self.wide.itemsize
         self.max_rows = workspace_bytes // row_bytes
         if self.max_rows < 1:
             raise ValueError(
                 f"workspace_bytes is {workspace_bytes}; the fp32 logits of one token already take {row_bytes}"
             )
+        self.kept_logits: torch.Tensor | None = None  #: of the chunk that ``forward`` saw last
+        self._memory: dict[str, torch.Tensor] = {}
         #: Columns of E that grad_filter_eps kept, times the tokens of their chunk. Filled on the device: a number
         #: copied there from the host would wait for it.
         self.kept = torch.zeros((), dtype=torch.int64, device=hidden.device)
+
+    def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised memory, wide unless said otherwise, that is asked for once: fresh pages cost a CPU more than
+        the passes over a block. The same name gives the same memory; nothing may hold on to what it gave before."""
+        size, memory = math.prod(shape), self._memory.pop(name, None)
+        if memory is None or memory.numel() < size:
+            memory = None  # let go of the smaller one first
+            memory = torch.empty(size, dtype=dtype or self.wide, device=self.hidden.device)
+        self._memory[name] = memory
+        return memory[:size].view(shape)
 
     def fits_without_accumulator(self, needs: Needs) -> bool:
         """Whether the whole batch can be one chunk, whose dWeight is rounded once from the product's own fp32 sum.
@@ -138,9 +155,10 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logps (N,), what ``gradient`` must know of each row) of all tokens, wide; nothing of N times V is kept.
+        """(logps (N,), stats (2, N)) of all tokens, wide; nothing of N times V is kept.
 
-        Of a row: its log-sum-exp (N,), or its maximum and the logarithm of its sum of exp(logit - maximum), (2, N).
+        ``stats`` are a row's maximum and the logarithm of its sum of exp(logit - maximum): the log-sum-exp in two
+        parts, which keep the digits that it loses where logits are far from zero.
         """
 
     @abstractmethod
@@ -156,9 +174,9 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient(
-        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, stats: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(dhidden (N, H), dweight (V, H), dbias (V,)) for ``score``'s rows and dL/dlogp (N,), logits anew;
+        """(dhidden (N, H), dweight (V, H), dbias (V,)) for ``score``'s stats and dL/dlogp (N,), logits anew;
         each in its parameter's dtype, None where it is not needed."""
 
 
@@ -311,8 +329,11 @@ class MarginWalk:
     ) -> None:
         for a, b in split(section.start, section.end, self.engine.max_rows):
             logps[a:b] = self.engine.forward(first + a, first + b)
-            coef = torch.full_like(logps[a:b], coefficient)
-            self.engine.backward(coef, None if dhidden is None else dhidden[a:b], totals)
+            into = None if dhidden is None else dhidden[a:b]
+            if coefficient != 0:
+                self.engine.backward(torch.full_like(logps[a:b], coefficient), into, totals)
+            elif into is not None:
+                into.zero_()
 
 
 def split(start: int, end: int, max_rows: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ are (T, A, D), keys and values (T, B, D), log-sum-exps (A, T).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ class CpuFlash:
         if causal and spans.cu_q != spans.cu_k:  # its causality is aligned at the beginnings
             raise ValueError("torch's flash attention on the CPU can be causal only where queries and keys are as many")
         outs, lses = [], []
-        for run in spans.runs:
-            (queries,), (keys, values) = _queries(run, q), _keys(run, k, v)
+        for count, q_first, q_length, k_first, k_length in spans.runs:
+            queries = _stack(q, count, q_first, q_length)
+            keys, values = (_stack(x, count, k_first, k_length) for x in (k, v))
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, causal, scale=scale)
             outs.append(out)
             lses.append(lse.transpose(0, 1).flatten(1))
@@ -73,10 +74,9 @@ class CpuFlash:
 
     def backward(self, grad, q, k, v, out, lse, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
         gradients: tuple[list[Tensor], ...] = ([], [], [])
-        for run in spans.runs:
-            count, first, length, _, _ = run
-            grads, queries, outs = _queries(run, grad, q, out)
-            keys, values = _keys(run, k, v)
+        for count, first, length, k_first, k_length in spans.runs:
+            grads, queries, outs = (_stack(x, count, first, length) for x in (grad, q, out))
+            keys, values = (_stack(x, count, k_first, k_length) for x in (k, v))
             lses = lse[:, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
             found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grads, queries, keys, values, outs, lses.contiguous(), 0.0, causal, scale=scale
@@ -84,16 +84,6 @@ class CpuFlash:
             for parts, part in zip(gradients, found, strict=True):
                 parts.append(part)
         return tuple(_one_row(parts) for parts in gradients)
-
-
-def _queries(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
-    count, first, length, _, _ = run
-    return [_stack(row, count, first, length) for row in rows]
-
-
-def _keys(run: tuple[int, int, int, int, int], *rows: Tensor) -> list[Tensor]:
-    count, _, _, first, length = run
-    return [_stack(row, count, first, length) for row in rows]
 
 
 def _stack(row: Tensor, count: int, first: int, length: int) -> Tensor:
@@ -119,10 +109,7 @@ class CudaFlash:
             q,
             k,
             v,
-            spans.tensor("cu_q", q.device),
-            spans.tensor("cu_k", q.device),
-            spans.max_q,
-            spans.max_k,
+            *_offsets(spans, q.device),
             0.0,
             causal,
             False,
@@ -139,10 +126,7 @@ class CudaFlash:
             v,
             out,
             lse,
-            spans.tensor("cu_q", q.device),
-            spans.tensor("cu_k", q.device),
-            spans.max_q,
-            spans.max_k,
+            *_offsets(spans, q.device),
             0.0,
             causal,
             torch.zeros(2, dtype=torch.uint64, device=q.device),  # the state of a dropout that is not there
@@ -150,6 +134,10 @@ class CudaFlash:
             scale=scale,
             **_window(window),
         )
+
+
+def _offsets(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    return spans.tensor("cu_q", device), spans.tensor("cu_k", device), spans.max_q, spans.max_k
 
 
 def _window(window: int | None) -> dict[str, int]:
@@ -164,31 +152,26 @@ class FlashAttnPackage:
 
     name, windows, softcaps = "the flash-attn package (unverified)", True, True
 
+    def _options(self, causal: bool, scale: float, window: int | None, softcap: float | None) -> dict[str, Any]:
+        everywhere = {"window_size_left": -1, "window_size_right": -1}
+        options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, "softcap": softcap or 0.0}
+        return {**options, **everywhere, **_window(window)}
+
     def forward(self, q, k, v, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        left, right = (-1, -1) if window is None else (window - 1, 0)
         out, lse, *_ = _flash_attn_varlen_forward(
             q,
             k,
             v,
-            spans.tensor("cu_q", q.device),
-            spans.tensor("cu_k", q.device),
-            spans.max_q,
-            spans.max_k,
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            window_size_left=left,
-            window_size_right=right,
-            softcap=softcap or 0.0,
+            *_offsets(spans, q.device),
+            **self._options(causal, scale, window, softcap),
         )
         return out, lse
 
     def backward(self, grad, q, k, v, out, lse, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        left, right = (-1, -1) if window is None else (window - 1, 0)
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         _flash_attn_varlen_backward(
             grad,
@@ -200,16 +183,8 @@ class FlashAttnPackage:
             dq,
             dk,
             dv,
-            spans.tensor("cu_q", q.device),
-            spans.tensor("cu_k", q.device),
-            spans.max_q,
-            spans.max_k,
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            window_size_left=left,
-            window_size_right=right,
-            softcap=softcap or 0.0,
+            *_offsets(spans, q.device),
+            **self._options(causal, scale, window, softcap),
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

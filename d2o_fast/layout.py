@@ -105,10 +105,7 @@ class ResponseLayout:
         device = torch.device(device)
         key = (name, device)
         if key not in self._cache:
-            host = self._host_tensor(name)
-            if device.type == "cuda":
-                host = host.pin_memory()
-            self._cache[key] = host.to(device, non_blocking=True)
+            self._cache[key] = on_device(self._host_tensor(name), device)
         return self._cache[key]
 
     def _host_tensor(self, name: str) -> torch.Tensor:
@@ -128,6 +125,13 @@ class ResponseLayout:
         if name == "num_anchors":
             return torch.tensor(self.num_anchors, dtype=torch.float32)
         raise KeyError(name)
+
+
+def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` on ``device``; to CUDA from pinned memory, without waiting."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _host_offsets(offsets: Sequence[int] | torch.Tensor, name: str) -> tuple[int, ...]:

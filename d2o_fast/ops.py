@@ -200,19 +200,19 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> torch.Tensor:
         softcap, logit_scale, workspace = options
         with exact_products(hidden.device, hidden.dtype):
-            logps, lse = engine(hidden, Head(weight, bias, softcap, logit_scale), targets, workspace).score()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+            logps, stats = engine(hidden, Head(weight, bias, softcap, logit_scale), targets, workspace).score()
+        ctx.save_for_backward(hidden, weight, bias, targets, stats)
         ctx.engine, ctx.options = engine, options
         return logps
 
     @staticmethod
     def backward(ctx: Any, dlogps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward("linear_logprob")
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        hidden, weight, bias, targets, stats = ctx.saved_tensors
         softcap, logit_scale, workspace = ctx.options
         engine = ctx.engine(hidden, Head(weight, bias, softcap, logit_scale), targets, workspace)
         with exact_products(hidden.device, hidden.dtype):
-            gradients = engine.gradient(lse, dlogps.contiguous(), Needs(*ctx.needs_input_grad[:3]))
+            gradients = engine.gradient(stats, dlogps.contiguous(), Needs(*ctx.needs_input_grad[:3]))
         return *gradients, *[None] * 5
 
 

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from d2o_fast.layout import on_device
+from d2o_fast.products import wide_dtype
+
 Item = TypeVar("Item")
 Slice = tuple[int, int]
 
@@ -152,13 +155,6 @@ class SharedRow:
         return pieces
 
 
-def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``host`` on ``device``; to CUDA from pinned memory, without waiting."""
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
-
-
 def slices_index(pieces: Sequence[Slice]) -> torch.Tensor:
     """The rows in ``pieces`` as one int64 index."""
     return torch.cat([torch.arange(start, end) for start, end in pieces])
@@ -178,8 +174,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-        total, at = grad.new_zeros(ctx.shape, dtype=wide), 0
+        total, at = grad.new_zeros(ctx.shape, dtype=wide_dtype(grad.dtype)), 0
         for start, end in ctx.pieces:
             total[start:end] += grad[at : at + end - start]
             at += end - start

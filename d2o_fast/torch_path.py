@@ -16,14 +16,14 @@ With a softcap the slope needs the logits themselves, which are then kept instea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from d2o_fast.chunked import Engine, Head, Needs, Totals, split
+from d2o_fast.chunked import Engine, Needs, Totals, split
 from d2o_fast.products import multiplies_bf16, product_
 
 BLOCK_BYTES = 12 << 20  #: of a block's logits, and of its widened weight, whichever has more
@@ -82,24 +82,27 @@ class TorchEngine(Engine):
     name: ClassVar[str] = "torch"
     group_loss = staticmethod(group_loss)
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        head: Head,
-        targets: torch.Tensor,
-        workspace_bytes: int,
-        grad_filter_eps: float | None = None,
-    ) -> None:
-        super().__init__(hidden, head, targets, workspace_bytes, grad_filter_eps)
-        self.device, self.H = hidden.device, hidden.shape[1]
-        self.bias = None if head.bias is None else head.bias.to(self.wide)[:, None]
-        #: E in the operand dtype serves products without a copy of the weight: as it is, or rounded to bf16.
-        self.rounds = hidden.dtype == head.weight.dtype == torch.bfloat16 and multiplies_bf16(self.device)
-        self.direct = self.rounds or hidden.dtype == head.weight.dtype == self.wide
-        self._memory: dict[str, torch.Tensor] = {}
-        self.kept_logits: torch.Tensor | None = None
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
 
-    # --- Without a gradient, and the gradient of given lse: every token passes by one block of the weight ------------
+    @functools.cached_property
+    def bias(self) -> torch.Tensor | None:
+        """(V, 1), wide."""
+        return None if self.head.bias is None else self.head.bias.to(self.wide)[:, None]
+
+    @functools.cached_property
+    def rounds(self) -> bool:
+        """Whether E is rounded to bf16: it then serves products with the weight as it is."""
+        both = self.hidden.dtype == self.head.weight.dtype == torch.bfloat16
+        return both and multiplies_bf16(self.device)
+
+    @functools.cached_property
+    def direct(self) -> bool:
+        """Whether E meets the weight without a copy of it: in one product, over all of the vocabulary."""
+        return self.rounds or self.hidden.dtype == self.head.weight.dtype == self.wide
+
+    # --- Scores, and the gradient of given stats: every token passes by one block of the weight -----------------------
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         tiles = [_Statistics(self, a, b) for a, b in split(0, self.N, min(self.max_rows, MAX_TILE))]
@@ -110,11 +113,11 @@ class TorchEngine(Engine):
             weight = self._weight_block(first, last)
             for tile in tiles:
                 tile.add(self._logits(weight, tile.hidden, first, last), first)
-        rows = torch.stack([torch.cat([tile.maximum for tile in tiles]), torch.cat([tile.sum.log() for tile in tiles])])
-        return torch.cat([tile.logps() for tile in tiles]), rows
+        stats = [torch.stack([tile.maximum, tile.sum.log()]) for tile in tiles]
+        return torch.cat([tile.logps() for tile in tiles]), torch.cat(stats, 1)
 
     def gradient(
-        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, stats: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A block of dWeight is whole after one visit, so nothing of the weight's size is held beside it."""
         weight, bias = self.head.weight, self.head.bias
@@ -126,12 +129,12 @@ class TorchEngine(Engine):
         wide = operand if operand.dtype == self.wide or not needs.weight else self.hidden.to(self.wide)
         for first, last in self._blocks(min(self.max_rows, MAX_TILE)):
             block = self._weight_block(first, last)
-            block_dweight = self._scratch("dweight", (last - first, self.H)) if needs.weight else None
+            block_dweight = self.scratch("dweight", (last - first, self.H)) if needs.weight else None
             block_dbias = torch.zeros(last - first, dtype=self.wide, device=self.device)
             for a, b in tiles:
                 logits = self._logits(block, operand[a:b], first, last)
-                out = self._scratch("softmax", logits.shape) if self.head.softcap else logits
-                softmax = torch.sub(logits, rows[0, a:b], out=out).sub_(rows[1, a:b]).exp_()
+                out = self.scratch("softmax", logits.shape) if self.head.softcap else logits
+                softmax = torch.sub(logits, stats[0, a:b], out=out).sub_(stats[1, a:b]).exp_()
                 grad = self._finish(softmax.mul_(-coef[a:b]), logits, first, last, self.targets[a:b], coef[a:b])
                 if dhidden is not None:
                     product_(dhidden[a:b], grad.T, block, add=True)
@@ -150,7 +153,7 @@ class TorchEngine(Engine):
     def forward(self, start: int, end: int) -> torch.Tensor:
         n = end - start
         self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
-        self.kept_logits = self._scratch("chunk", (self.V, n))
+        self.kept_logits = self.scratch("chunk", (self.V, n))
         self.kept_maxima: list[torch.Tensor] = []
         statistics = _Statistics(self, start, end)
         for first, last in self._blocks(n):
@@ -176,7 +179,7 @@ class TorchEngine(Engine):
         wide = hidden.to(self.wide) if totals.weight is not None else hidden
         for i, (first, last) in enumerate(self._blocks(n)):
             kept = self.kept_logits[first:last]
-            out = self._scratch("softmax", kept.shape) if self.head.softcap or rounds else kept
+            out = self.scratch("softmax", kept.shape) if self.head.softcap or rounds else kept
             if self.head.softcap:
                 softmax = torch.sub(kept, self.kept_maximum, out=out).exp_().mul_(-coef / self.kept_sum)
             else:
@@ -191,7 +194,7 @@ class TorchEngine(Engine):
                 continue
             if rounds:
                 # Not over the logits where it serves dWeight: oneDNN reads past an odd n, and NaN * 0 is NaN (LOG.md).
-                grad_16 = self._scratch("bf16", kept.shape, torch.bfloat16).copy_(grad) if one_chunk else grad
+                grad_16 = self.scratch("bf16", kept.shape, torch.bfloat16).copy_(grad) if one_chunk else grad
                 if direct:
                     kept.view(torch.bfloat16)[:, :n].copy_(grad_16)
             elif direct and grad.data_ptr() != kept.data_ptr():
@@ -223,15 +226,6 @@ class TorchEngine(Engine):
         for first in range(0, self.V, step):
             yield first, min(first + step, self.V)
 
-    def _scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Memory that is asked for once: fresh pages cost a CPU more than the passes over a block."""
-        size, memory = math.prod(shape), self._memory.pop(name, None)
-        if memory is None or memory.numel() < size:
-            memory = None  # let go of the smaller one first
-            memory = torch.empty(size, dtype=dtype or self.wide, device=self.device)
-        self._memory[name] = memory
-        return memory[:size].view(shape)
-
     def _operand(self, start: int, end: int) -> torch.Tensor:
         """Hidden states as the products take them: widened on a CPU."""
         hidden = self.hidden[start:end]
@@ -241,9 +235,9 @@ class TorchEngine(Engine):
         """Rows of the weight, rounded to the operand dtype; widened on a CPU."""
         block = self.head.weight[first:last]
         if block.dtype != self.hidden.dtype:
-            block = self._scratch("weight, rounded", block.shape, self.hidden.dtype).copy_(block)
+            block = self.scratch("weight, rounded", block.shape, self.hidden.dtype).copy_(block)
         if block.dtype != self.wide and self.device.type == "cpu":
-            block = self._scratch("weight", block.shape).copy_(block)
+            block = self.scratch("weight", block.shape).copy_(block)
         return block
 
     def _logits(
@@ -251,7 +245,7 @@ class TorchEngine(Engine):
     ) -> torch.Tensor:
         """(v, n) logits of the vocabulary's rows first..last."""
         if out is None:
-            out = self._scratch("logits", (last - first, hidden.shape[0]))
+            out = self.scratch("logits", (last - first, hidden.shape[0]))
         logits = product_(out, weight, hidden.T)
         if self.bias is not None:
             logits.add_(self.bias[first:last])
@@ -297,7 +291,7 @@ class _Statistics:
         rows, inside = _rows_in(self.targets, first, first + logits.shape[0])
         self.target = logits.gather(0, rows).squeeze(0).where(inside, self.target)
         maximum = torch.maximum(self.maximum, logits.amax(0))
-        out = logits if in_place else self.engine._scratch("softmax", logits.shape)
+        out = logits if in_place else self.engine.scratch("softmax", logits.shape)
         exponentials = torch.sub(logits, maximum, out=out).exp_()
         self.sum.mul_((self.maximum - maximum).exp_()).add_(exponentials.sum(0))
         self.maximum = maximum

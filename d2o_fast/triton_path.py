@@ -8,11 +8,12 @@ Scoring holds no logits at all: one kernel takes the product, the log-sum-exp an
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import torch
 
-from d2o_fast.chunked import Engine, Head, Needs, Totals, split
+from d2o_fast.chunked import Engine, Needs, Totals, split
 from d2o_fast.kernels.filtered_products import filtered_products
 from d2o_fast.kernels.group_loss import group_loss
 from d2o_fast.kernels.linear_logprob import linear_logprob_forward
@@ -24,26 +25,15 @@ class TritonEngine(Engine):
     name: ClassVar[str] = "triton"
     group_loss = staticmethod(group_loss)
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        head: Head,
-        targets: torch.Tensor,
-        workspace_bytes: int,
-        grad_filter_eps: float | None = None,
-    ) -> None:
-        super().__init__(hidden, head, targets, workspace_bytes, grad_filter_eps)
-        self.options = head.bias, head.softcap, head.logit_scale
-        self._weight: torch.Tensor | None = None
-        self._buffer: torch.Tensor | None = None
-        self.kept_logits: torch.Tensor | None = None
-
     @property
+    def options(self) -> tuple[torch.Tensor | None, float | None, float]:
+        """The kernels' last arguments."""
+        return self.head.bias, self.head.softcap, self.head.logit_scale
+
+    @functools.cached_property
     def weight(self) -> torch.Tensor:
         """(V, H) in the operand dtype: a copy, made once, of an fp32 master weight beside 16-bit hidden states."""
-        if self._weight is None:
-            self._weight = self.head.weight.to(self.hidden.dtype)
-        return self._weight
+        return self.head.weight.to(self.hidden.dtype)
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         return linear_logprob_forward(self.hidden, self.head.weight, self.targets, *self.options)
@@ -51,15 +41,15 @@ class TritonEngine(Engine):
     def forward(self, start: int, end: int) -> torch.Tensor:
         self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
         self.chunk, self.kept_logits = slice(start, end), self._logits(start, end)
-        logps, self.kept_lse = logit_stats(self.kept_logits, self.targets[start:end], *self.options)
+        logps, self.kept_stats = logit_stats(self.kept_logits, self.targets[start:end], *self.options)
         return logps
 
     def backward(self, coef: torch.Tensor, dhidden: torch.Tensor | None, totals: Totals) -> None:
         assert self.kept_logits is not None
-        self._gradient(self.kept_logits, self.chunk, self.kept_lse, coef, dhidden, totals)
+        self._gradient(self.kept_logits, self.chunk, self.kept_stats, coef, dhidden, totals)
 
     def gradient(
-        self, rows: torch.Tensor, coef: torch.Tensor, needs: Needs
+        self, stats: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         hidden, (weight, bias) = self.hidden, (self.head.weight, self.head.bias)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
@@ -67,29 +57,27 @@ class TritonEngine(Engine):
         for start, end in split(0, self.N, self.max_rows):
             chunk = slice(start, end)
             into = None if dhidden is None else dhidden[chunk]
-            self._gradient(self._logits(start, end), chunk, rows[chunk], coef[chunk], into, totals)
+            self._gradient(self._logits(start, end), chunk, stats[:, chunk], coef[chunk], into, totals)
         totals.zero_if_fresh()
         dweight = None if totals.weight is None else totals.weight.to(weight.dtype)
         return dhidden, dweight, None if totals.bias is None or bias is None else totals.bias.to(bias.dtype)
 
     def _logits(self, start: int, end: int) -> torch.Tensor:
         """Raw products (n, V), fp32, in the engine's one buffer."""
-        if self._buffer is None or self._buffer.shape[0] < end - start:
-            self._buffer = None  # let go of the smaller one first
-            self._buffer = torch.empty(end - start, self.V, dtype=self.wide, device=self.hidden.device)
-        return product_(self._buffer[: end - start], self.hidden[start:end], self.weight.T)
+        buffer = self.scratch("logits", (end - start, self.V))
+        return product_(buffer, self.hidden[start:end], self.weight.T)
 
     def _gradient(
         self,
         logits: torch.Tensor,
         rows: slice,
-        lse: torch.Tensor,
+        stats: torch.Tensor,
         coef: torch.Tensor,
         dhidden: torch.Tensor | None,
         totals: Totals,
     ) -> None:
         hidden = self.hidden[rows]
-        grad = logit_grad_(logits, self.targets[rows], lse, coef, *self.options, hidden.dtype)
+        grad = logit_grad_(logits, self.targets[rows], stats, coef, *self.options, hidden.dtype)
         if totals.bias is not None:
             columns = grad.sum(0, dtype=self.wide)
             totals.bias.copy_(columns if totals.fresh else totals.bias + columns)

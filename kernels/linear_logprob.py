@@ -2,8 +2,9 @@
 
 Shapes: N response tokens, V vocabulary, H hidden, P splits of the vocabulary.
 
-    hidden (N, H), weight (V, H), bias (V,), targets (N,)  ->  logps (N,) fp32, lse (N,) fp32
-    logps[n] = logit[n, targets[n]] - lse[n],   lse[n] = log sum_v exp(logit[n, v])
+    hidden (N, H), weight (V, H), bias (V,), targets (N,)  ->  logps (N,) fp32, stats (2, N) fp32
+    logps[n] = logit[n, targets[n]] - stats[0, n] - stats[1, n]
+    stats[0, n] = max_v logit[n, v],   stats[1, n] = log sum_v exp(logit[n, v] - stats[0, n])
 
 A work item is BLOCK_N rows and one of P contiguous ranges of the vocabulary. Its program walks the range in tiles of
 BLOCK_V columns, keeps the running maximum, the sum of exponentials and the target's logit of its rows in registers, and
@@ -298,7 +299,7 @@ def combine_splits_kernel(
     partial_ptr,  # (3, P, N) fp32, as above
     targets_ptr,
     logps_ptr,
-    lse_ptr,
+    stats_ptr,  # (2, N) fp32
     N,
     V,
     num_splits,
@@ -323,7 +324,8 @@ def combine_splits_kernel(
     # (target - max) first: it is exact where the target is the likeliest token.
     logps = tl.where((targets >= 0) & (targets < V), (target_logit - row_max) - log_sum, float("nan"))
     tl.store(logps_ptr + offs_n, logps, mask=in_rows)
-    tl.store(lse_ptr + offs_n, row_max + log_sum, mask=in_rows)
+    tl.store(stats_ptr + offs_n, row_max, mask=in_rows)
+    tl.store(stats_ptr + N + offs_n, log_sum, mask=in_rows)
 
 
 @functools.lru_cache(maxsize=256)
@@ -379,7 +381,10 @@ def linear_logprob_forward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each row's target and the row's log-sum-exp, both (N,) fp32, in nats. Not differentiable.
+    """Log-probability of each row's target, (N,), and statistics of the row, (2, N), fp32, in nats. Not differentiable.
+
+    The statistics are the row's largest logit and the logarithm of its sum of exp(logit - largest). Their sum is the
+    log-sum-exp; apart, they keep the digits that it loses where logits are far from zero.
 
     fp32 operands are multiplied in IEEE fp32, never TF32; 16-bit ones with fp32 accumulation. A target outside [0, V)
     reads nothing and gives NaN in ``logps``. Nothing waits for the device.
@@ -398,9 +403,9 @@ def linear_logprob_forward(
     softcap_value = check_softcap(softcap)
     (N, H), V = hidden.shape, weight.shape[0]
     logps = torch.empty(N, dtype=torch.float32, device=hidden.device)
-    lse = torch.empty_like(logps)
+    stats = torch.empty(2, N, dtype=torch.float32, device=hidden.device)
     if N == 0:
-        return logps, lse
+        return logps, stats
     targets = targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     device = architecture(hidden.device)
@@ -442,9 +447,9 @@ def linear_logprob_forward(
             hidden, weight, bias, targets, partial, *sizes, *strides, EVEN_H=even, **settings
         )
     combine_splits_kernel[(triton.cdiv(N, BLOCK_COMBINE),)](
-        partial, targets, logps, lse, N, V, num_splits, BLOCK_N=BLOCK_COMBINE, num_warps=4
+        partial, targets, logps, stats, N, V, num_splits, BLOCK_N=BLOCK_COMBINE, num_warps=4
     )
-    return logps, lse
+    return logps, stats
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:

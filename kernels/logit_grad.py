@@ -3,7 +3,7 @@
 Shapes: n rows of the chunk, V vocabulary.
 
     logits (n, V) fp32: raw products hidden @ weight.T; bias, logit_scale and softcap are applied here
-    logit_stats -> logps (n,), lse (n,)            logit_grad_ -> E (n, V) of out_dtype, in the memory of ``logits``
+    logit_stats -> logps (n,), stats (2, n)        logit_grad_ -> E (n, V) of out_dtype, in the memory of ``logits``
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def logit_stats_kernel(
     targets_ptr,
     bias_ptr,
     logps_ptr,
-    lse_ptr,
+    maximum_ptr,
+    log_sum_ptr,
     V,
     stride_n,
     stride_b,
@@ -64,10 +65,11 @@ def logit_stats_kernel(
     target_logit = to_logits(product, bias, LOGIT_SCALE, SOFTCAP, HAS_BIAS)
     logp = tl.where(in_vocabulary, (target_logit - row_max) - log_sum, float("nan"))
     tl.store(logps_ptr + row, logp)
-    tl.store(lse_ptr + row, row_max + log_sum)
+    tl.store(maximum_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
 
 
-# Vector-Jacobian product. With coef = dL/dlogp of a row, y the target and p = exp(logit - lse):
+# Vector-Jacobian product. With coef = dL/dlogp of a row, y the target and p = exp((logit - maximum) - log_sum):
 #
 #     dL/dlogit[v]   = coef * (1[v = y] - p[v])
 #     dL/dproduct[v] = dL/dlogit[v] * LOGIT_SCALE * (1 - tanh(x[v] / SOFTCAP)^2)        the square only with a softcap
@@ -80,7 +82,8 @@ def logit_grad_kernel(
     logits_ptr,
     out_ptr,  # the same memory, seen in the output's dtype
     targets_ptr,
-    lse_ptr,
+    maximum_ptr,
+    log_sum_ptr,
     coef_ptr,
     bias_ptr,
     V,
@@ -96,7 +99,8 @@ def logit_grad_kernel(
     row_ptr = logits_ptr + row * stride_n
     out_row_ptr = out_ptr + row * stride_on
     target = tl.load(targets_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    maximum = tl.load(maximum_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
     coef = tl.load(coef_ptr + row)
     lanes = tl.arange(0, BLOCK_V)
     for start in range(0, V, BLOCK_V):
@@ -114,7 +118,7 @@ def logit_grad_kernel(
             capped = tanh(x * (1.0 / SOFTCAP))
             slope = LOGIT_SCALE * (1.0 - capped * capped)
             logits = SOFTCAP * capped
-        grad = coef * (tl.where(offs_v == target, 1.0, 0.0) - exp(logits - lse)) * slope
+        grad = coef * (tl.where(offs_v == target, 1.0, 0.0) - exp((logits - maximum) - log_sum)) * slope
         # A masked token has no gradient, not even where a wholly masked row makes its softmax NaN.
         grad = tl.where(x == float("-inf"), 0.0, grad)
         tl.store(out_row_ptr + offs_v, grad.to(out_ptr.dtype.element_ty), mask=in_row)
@@ -127,7 +131,9 @@ def logit_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each row's target and the row's log-sum-exp, both (n,) fp32, in nats.
+    """Log-probability of each row's target, (n,), and statistics of the row, (2, n), fp32, in nats.
+
+    The statistics are the row's largest logit and the logarithm of its sum of exp(logit - largest).
 
     A target outside [0, V) reads nothing and gives NaN in ``logps``. Nothing waits for the device.
 
@@ -141,15 +147,15 @@ def logit_stats(
     """
     n, V = _check(logits, targets, bias)
     logps = torch.empty(n, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(logps)
+    stats = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     if n == 0:
-        return logps, lse
+        return logps, stats
     logit_stats_kernel[(n,)](
         logits,
         targets.contiguous(),
         bias,
         logps,
-        lse,
+        *stats.unbind(0),
         V,
         logits.stride(0),
         0 if bias is None else bias.stride(0),
@@ -159,13 +165,13 @@ def logit_stats(
         BLOCK_V=BLOCK_V,
         num_warps=NUM_WARPS,
     )
-    return logps, lse
+    return logps, stats
 
 
 def logit_grad_(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     coef: torch.Tensor,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
@@ -180,7 +186,7 @@ def logit_grad_(
     Args:
         logits: (n, V) fp32 raw products; rows may be any stride apart, their elements adjacent.
         targets: (n,) int64 or int32. A target outside [0, V) is no column.
-        lse: (n,) fp32 from ``logit_stats``.
+        stats: (2, n) fp32 from ``logit_stats``.
         coef: (n,) fp32, dL/dlogp of each row.
         bias: (V,) of any floating dtype, added in fp32.
         out_dtype: float32, bfloat16 or float16.
@@ -189,12 +195,12 @@ def logit_grad_(
         TypeError, ValueError: other dtypes or shapes, tensors on several devices, a softcap that is not positive.
     """
     n, V = _check(logits, targets, bias)
-    for name, tensor in (("lse", lse), ("coef", coef)):
-        if tensor.dtype != torch.float32 or tensor.shape != (n,):
-            raise ValueError(f"{name} must be fp32 ({n},), not {tensor.dtype} {tuple(tensor.shape)}")
+    for name, tensor, shape in (("stats", stats, (2, n)), ("coef", coef, (n,))):
+        if tensor.dtype != torch.float32 or tensor.shape != shape:
+            raise ValueError(f"{name} must be fp32 {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
     if out_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, not {out_dtype}")
-    check_device(logits, lse, coef)
+    check_device(logits, stats, coef)
     out = logits if out_dtype == torch.float32 else logits.view(out_dtype)[:, :V]
     if n == 0:
         return out
@@ -202,7 +208,7 @@ def logit_grad_(
         logits,
         out,
         targets.contiguous(),
-        lse.contiguous(),
+        *stats.contiguous().unbind(0),
         coef.contiguous(),
         bias,
         V,

@@ -134,7 +134,7 @@ def _matrix_cases(arch: str) -> list[Case]:
         "partial_ptr": "*fp32",
         "targets_ptr": "*i64",
         "logps_ptr": "*fp32",
-        "lse_ptr": "*fp32",
+        "stats_ptr": "*fp32",
         **dict.fromkeys(("N", "V", "num_splits"), "i32"),
     }
     pointers = tuple(name for name, kind in signature.items() if kind[0] == "*")
@@ -291,7 +291,8 @@ def _row_cases(arch: str) -> list[Case]:
             "targets_ptr": "*i64",
             "bias_ptr": "*fp32",
             "logps_ptr": "*fp32",
-            "lse_ptr": "*fp32",
+            "maximum_ptr": "*fp32",
+            "log_sum_ptr": "*fp32",
             **dict.fromkeys(("V", "stride_n", "stride_b"), "i32"),
         }
         even = () if full else ("V", "stride_n")
@@ -304,7 +305,8 @@ def _row_cases(arch: str) -> list[Case]:
                 "logits_ptr": "*fp32",
                 "out_ptr": f"*{out}",
                 "targets_ptr": "*i64",
-                "lse_ptr": "*fp32",
+                "maximum_ptr": "*fp32",
+                "log_sum_ptr": "*fp32",
                 "coef_ptr": "*fp32",
                 "bias_ptr": "*fp32",
                 **dict.fromkeys(("V", "stride_n", "stride_on", "stride_b"), "i32"),

@@ -60,11 +60,11 @@ def logprob64(hidden, weight, targets, **options):
 def test_forward_at_the_size_of_a_real_head(device, dtype, head, settings) -> None:
     """Many tiles in every direction, V * H beyond 2^31 bytes, and the same bits twice."""
     hidden, weight, targets, options = problem(device, *HEADS[head], DTYPES[dtype], **SETTINGS[settings])
-    logps, lse = linear_logprob_forward(hidden, weight, targets, **options)
+    logps, stats = linear_logprob_forward(hidden, weight, targets, **options)
     assert_close(logps, logprob64(hidden, weight, targets, **options), 2e-6, 1e-6)
     again = linear_logprob_forward(hidden, weight, targets, **options)
     assert torch.equal(logps, again[0])
-    assert torch.equal(lse, again[1])
+    assert torch.equal(stats, again[1])
 
 
 @pytest.mark.parametrize("N", [1, 100, 12288], ids=lambda N: f"{N} rows")
@@ -92,9 +92,9 @@ def test_rows_of_a_real_vocabulary(device, dtype, settings) -> None:
         x = options["softcap"] * torch.tanh(x / options["softcap"])
     reference = x.log_softmax(1).gather(1, targets[:, None])[:, 0]
     (reference * coef.double()).sum().backward()
-    logps, lse = logit_stats(raw, targets, **options)
+    logps, stats = logit_stats(raw, targets, **options)
     assert_close(logps, reference, 1e-6)
-    grad = logit_grad_(raw, targets, lse, coef, **options, out_dtype=DTYPES[dtype])
+    grad = logit_grad_(raw, targets, stats, coef, **options, out_dtype=DTYPES[dtype])
     assert_close(grad, leaf.grad, 2e-6 + ROUNDING[DTYPES[dtype]])
 
 
@@ -139,8 +139,8 @@ def test_launchers_of_real_sizes_do_not_wait_for_the_device(device) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         linear_logprob_forward(hidden, weight, targets)
-        _, lse = logit_stats(logits, targets)
-        grad = logit_grad_(logits, targets, lse, coef, out_dtype=torch.bfloat16)
+        _, stats = logit_stats(logits, targets)
+        grad = logit_grad_(logits, targets, stats, coef, out_dtype=torch.bfloat16)
         filtered_products(grad, coef, 1e-4, weight, hidden, dhidden, dweight, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -151,7 +151,7 @@ def test_one_pass_gradient_of_a_head_beyond_32_bits(device, eps) -> None:
     """V * H = 3.1e9: the weight has 6 GB, its fp32 sum 12.6 GB. dweight is compared at some rows, in fp64."""
     V, H = 256000, 12288
     if torch.cuda.mem_get_info()[0] < 45 << 30:
-        pytest.skip("needs 45 GB of free memory")
+        pytest.skip("needs a CUDA device with 45 GB of free memory")
     layout = ResponseLayout.from_lengths([[7, 9, 5], [11, 3]])
     hidden, weight, targets, _ = problem(device, layout.num_tokens, H, V, torch.bfloat16)
     ref_logps = torch.zeros(layout.num_responses, device=device)
