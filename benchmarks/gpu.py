@@ -2,8 +2,8 @@
 
 The GPU-marked tests first, then the loss suite against every peer that is installed, each row written as soon as it is
 measured, then the training step of a model of 1B parameters, and at the end JSON, a Markdown table and a roofline plot.
-Every stage has its own time; one that fails or runs out of it does not keep the next from running. ``--dry-run`` does
-all of it on a CPU with tiny shapes.
+Every stage has its own time; one that fails or runs out of it does not keep the next from running, but the command then
+ends with 1. ``--dry-run`` does all of it on a CPU with tiny shapes.
 
 The folder named by ``--out`` (or by the environment's OUT) gets at most eight files: tests.log, worker.log, rows.jsonl,
 results.json, table.md, roofline.png, step.json and step.md.
@@ -29,17 +29,17 @@ from benchmarks.suites import cases_of
 TEST_SECONDS, LOSS_SECONDS, STEP_SECONDS = 150.0, 240.0, 120.0  # with a hanging worker, under 10 minutes
 
 
-def run_tests(out: Path, seconds: float) -> str:
-    """Run the tests marked ``gpu``; pytest's last line, or how it ended."""
+def run_tests(out: Path, seconds: float) -> tuple[bool, str]:
+    """Run the tests marked ``gpu``: whether they passed, and pytest's last line, or how it ended."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs"]
     command += ["--continue-on-collection-errors", "--durations=10", "tests"]
     path = out / "tests.log"
     with path.open("w") as log:
         code = run_within(command, seconds, log)
     if code is None:
-        return f"stopped after {seconds:.0f} s (see tests.log)"
+        return False, f"stopped after {seconds:.0f} s (see tests.log)"
     last = (path.read_text().strip().splitlines() or ["no output"])[-1]
-    return f"{last.strip('= ')} (pytest code {code})"
+    return code == 0, f"{last.strip('= ')} (pytest code {code})"
 
 
 def run_within(command: list[str], seconds: float, log: TextIO) -> int | None:
@@ -52,14 +52,14 @@ def run_within(command: list[str], seconds: float, log: TextIO) -> int | None:
         return None
 
 
-def run_step(out: Path, device: str, tiny: bool, seconds: float) -> str:
-    """The training step in a process of its own, into step.json and step.md; how it ended."""
+def run_step(out: Path, device: str, tiny: bool, seconds: float) -> tuple[bool, str]:
+    """The training step in a process of its own, into step.json and step.md: whether it went well, and how it ended."""
     command = [sys.executable, "-m", "benchmarks.step", "--device", device, "--rounds", "3", "--out", str(out / "step")]
     with (out / "worker.log").open("a") as log:
         code = run_within([*command, "--tiny"] if tiny else command, seconds, log)
     if code is None:
-        return f"stopped after {seconds:.0f} s (see worker.log)"
-    return "done" if code == 0 else f"ended with code {code} (see step.md and worker.log)"
+        return False, f"stopped after {seconds:.0f} s (see worker.log)"
+    return code == 0, "done" if code == 0 else f"ended with code {code} (see step.md and worker.log)"
 
 
 def run_loss(out: Path, device: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     begin = time.monotonic()
-    tests = "skipped on request" if args.skip_tests else run_tests(args.out, TEST_SECONDS)
+    passed, tests = (True, "skipped on request") if args.skip_tests else run_tests(args.out, TEST_SECONDS)
     print(f"tests: {tests}", flush=True)
     tests_done = time.monotonic()
     rows = run_loss(args.out, device, args.dry_run, args.seconds)
     loss_done = time.monotonic()
-    step = run_step(args.out, device, args.dry_run, STEP_SECONDS)
+    stepped, step = run_step(args.out, device, args.dry_run, STEP_SECONDS)
     stages = {"tests": tests_done - begin, "loss": loss_done - tests_done, "step": time.monotonic() - loss_done}
 
     plot = roofline(rows, args.out / "roofline.png")
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table)
     print(f"tests: {tests}; step: {step}; plot: {about['plot']}; seconds: {stages}")
     print(summary(rows))
-    return 0 if rows else 1
+    return 0 if rows and passed and stepped else 1
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
-from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id
+from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
 from d2o_fast.ops import linear_logprob
 from d2o_fast.reference import sequence_logps
 from d2o_fast.sampling import evaluating, sample_responses
@@ -220,6 +220,7 @@ class _ShardMaker:
             name = config.server_model or config.model_name_or_path
             self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
         _refuse_trained_adapter(model)
+        refuse_moving_positions(model, config)
         with _adapter_disabled(model):
             self.decoder = decoder_of(model)
         self.shared: bool | None = None  # not known before there are responses to try it on

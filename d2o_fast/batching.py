@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.packing import SharedRow, micro_batches, on_device, slices_index, take_rows
+from d2o_fast.layout import ResponseLayout, on_device
+from d2o_fast.packing import SharedRow, micro_batches, slices_index, take_rows
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ def _common(examples: Sequence[Example]) -> dict[str, Any]:
     if any(not example.prompt_ids for example in examples):
         raise ValueError("an empty prompt has no position that predicts the first response token")
     ref_logps = [logp for example in examples for logp in example.ref_logps]
-    if len(ref_logps) not in (0, layout.num_responses):
-        raise ValueError(f"{len(ref_logps)} reference log-probabilities for {layout.num_responses} responses")
+    for g, example in enumerate(examples if ref_logps else ()):
+        found, wanted = len(example.ref_logps), len(example.responses())
+        if found != wanted:
+            raise ValueError(f"prompt {g} has {found} reference log-probabilities for {wanted} responses")
     return {
         "targets": torch.tensor([token for e in examples for response in e.responses() for token in response]),
         "layout": layout,

@@ -27,6 +27,7 @@ import torch
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
+from d2o_fast.sharing import Sharing
 
 PREFIX, TEMPORARY, FINAL = "checkpoint-", ".tmp-", ".tmp-final"
 #: settings that decide what is trained and how; the data's own are covered by the stores' digests
@@ -48,6 +49,7 @@ class TrainerState:
     digests: dict[str, str] = field(default_factory=dict)  #: of the stores, by "train" and "eval"
     metrics: dict[str, float] = field(default_factory=dict)  #: the last ones of training and of evaluation
     config: dict[str, Any] = field(default_factory=dict)
+    shared: bool | None = None  #: whether prompts are shared; None before the first step
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -169,6 +171,19 @@ def check_digest(path: Path, state: TrainerState, name: str, digest: str, source
         raise D2OError(
             f"{path} was trained with other {name} anchors and references (digest {state.digests.get(name)}) than "
             f"those in {source} (digest {digest}). A resumed run never makes new ones: give it the old ones back"
+        )
+
+
+def check_sharing(path: Path, state: TrainerState, sharing: Sharing) -> None:
+    """
+    Raises:
+        D2OError: the run shared prompts until now and would not from here on, or the other way round.
+    """
+    if state.shared is not None and state.shared != sharing.on:
+        before = "read each prompt once for all its responses" if state.shared else "read one row per response"
+        raise D2OError(
+            f"{path} {before}, and here it would be: {sharing.text}. The run would go on with other roundings: "
+            "continue it where it was started, or start anew with shared_prefix set"
         )
 
 

@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from d2o_fast.chunked import Head
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 from d2o_fast.reference import naive_linear_logprob
-
-
-@dataclass(frozen=True)
-class Head:
-    """The head: ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``."""
-
-    weight: torch.Tensor  #: (V, H)
-    bias: torch.Tensor | None  #: (V,)
-    softcap: float | None
-    logit_scale: float
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that ``fused_d2o_loss`` and ``linear_logprob`` take."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+from d2o_fast.sampling import evaluating
 
 
 def load_model(config: D2OConfig, name: str | None = None) -> PreTrainedModel:
@@ -132,18 +119,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder = base.base_model
     if decoder is base:
         raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
-    was_training = base.training
-    base.eval()
-    try:
-        with torch.no_grad():
-            tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
-            logits = base(input_ids=tokens, use_cache=False).logits[0].float()
-            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
-            targets = logits.argmax(-1)
-            expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-            found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
-    finally:
-        base.train(was_training)
+    with evaluating(base), torch.no_grad():
+        tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
+        logits = base(input_ids=tokens, use_cache=False).logits[0].float()
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        targets = logits.argmax(-1)
+        expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.1
     if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
         raise D2OError(
@@ -151,6 +133,30 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"against {found.tolist()}): its forward does more to the logits than is known here"
         )
     return decoder
+
+
+def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
+    """
+    Raises:
+        D2OError: rotary factors that depend on the longest row of a batch: a score would depend on its neighbours, and
+            a reference scored beside other prompts than the policy would not match it.
+    """
+    settings = base_of(model).config.get_text_config()
+    parameters = getattr(settings, "rope_parameters", None) or {}
+    for found in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if found.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        limit = (
+            found.get("original_max_position_embeddings")
+            or getattr(settings, "original_max_position_embeddings", None)
+            or settings.max_position_embeddings
+        )
+        if config.max_length > limit:
+            raise D2OError(
+                f"max_length is {config.max_length}, but past {limit} tokens {type(base_of(model)).__name__} changes "
+                f"the position embeddings of a whole batch (rope_type '{found['rope_type']}'), so that a response's "
+                f"log-probability would depend on the prompts beside it. Set max_length to {limit} or less"
+            )
 
 
 def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:

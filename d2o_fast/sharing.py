@@ -199,7 +199,7 @@ def verify(
                 raise SharingRefused(f"{name} has a dropout of {module.p:g}, which its responses would share")
     install(model)
     device = head_of(model).weight.device
-    mode = _as_is(model) if training else evaluating(model)
+    mode = _training(model) if training else evaluating(model)
     with mode, torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _probe(model, decoder, device, config)
     with evaluating(model), torch.no_grad():
@@ -207,13 +207,14 @@ def verify(
 
 
 @contextmanager
-def _as_is(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _training(model: nn.Module) -> Iterator[None]:
+    """As the trainer runs it; afterwards every submodule is in the mode it was in before."""
+    with evaluating(model):
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
 
 
 def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D2OConfig) -> None:
@@ -243,7 +244,8 @@ def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D
     limit = 1e-5 if first.dtype == torch.float32 and config.dtype == "float32" else 1e-3
     if not difference <= limit * max(1.0, first.abs().max().item()):
         raise SharingRefused(
-            f"a change in one response changes others (by {difference:.1e}): something besides attention carries over"
+            f"a change in one response changes others (by {difference:.1e}): something besides attention carries "
+            "over, or its forward draws at random (dropout)"
         )
     _check_windows(calls[:layers], settings)
 

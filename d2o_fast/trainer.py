@@ -28,7 +28,7 @@ from d2o_fast.data import Row, rows_from
 from d2o_fast.errors import D2OError
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
-from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id
+from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id, refuse_moving_positions
 from d2o_fast.prepare import (
     add_adapter,
     initial_model,
@@ -83,6 +83,7 @@ class D2OTrainer:
         self.args = dataclasses.replace(args, model_name_or_path=name or args.model_name_or_path)
         self.tokenizer = processing_class or load_tokenizer(self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
+        refuse_moving_positions(self.model, self.args)
         self.device = self.model.device
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
         self.pad = pad_token_id(self.tokenizer)
@@ -141,6 +142,9 @@ class D2OTrainer:
         first = [self.examples["train"][i] for i in self.prompts_of(state.global_step)[:1]]
         if first:
             self.sharing = choose_sharing(self.model, self.decoder, first, args, self.pad, training=True)
+            if path is not None:
+                ckpt.check_sharing(path, state, self.sharing)
+            state.shared = self.sharing.on
         if args.gradient_checkpointing:
             base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable

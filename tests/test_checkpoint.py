@@ -183,6 +183,19 @@ def test_leaving_at_any_log_line_and_continuing(inputs: Path, never_killed: Path
     assert_same_run(out, never_killed)
 
 
+def test_another_way_to_read_prompts_is_no_continuation(inputs: Path, tmp_path: Path) -> None:
+    """ "auto" may decide otherwise on another machine; the bits would then change in silence."""
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        trainer(inputs, out, callbacks=[stop_at(9)]).train()
+    state = ckpt.checkpoints(out)[-1] / "trainer_state.json"
+    found = json.loads(state.read_text())
+    assert isinstance(found["shared"], bool)
+    state.write_text(json.dumps({**found, "shared": not found["shared"]}))
+    with pytest.raises(D2OError, match=r"checkpoint-\d+ read .* and here it would be: .*start anew with shared_prefix"):
+        trainer(inputs, out).train("latest")
+
+
 def test_resuming_a_finished_run_changes_nothing(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(never_killed, out)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2o_fast.batching import Example, pack, response_hidden
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-from d2o_fast.models import base_of, decoder_of, head_of, load_model
+from d2o_fast.models import base_of, decoder_of, head_of, load_model, refuse_moving_positions
 from d2o_fast.reference import naive_linear_logprob, sequence_logps
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
@@ -111,5 +111,25 @@ def test_packing_refuses_what_cannot_be_scored() -> None:
         pack([Example([1], [1], [], [])], 0)
     with pytest.raises(ValueError, match="needs at least one"):
         pack([Example([1], [1], [[]], [])], 0)
-    with pytest.raises(ValueError, match="2 reference"):
+    with pytest.raises(ValueError, match="prompt 1 has 0 reference log-probabilities for 2 responses"):
         pack([Example([1], [1], [[2]], [-1.0, -2.0]), Example([1], [1], [[2]], [])], 0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_refused(kind: str) -> None:
+    """Past the original length, a response's log-probability would depend on the prompts beside it."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = small("llama", rope_parameters=rope, max_position_embeddings=32 if kind == "dynamic" else 128)
+    refuse_moving_positions(model, D2OConfig(max_length=32, max_completion_length=8))
+    with pytest.raises(D2OError, match=rf"max_length is 33, but past 32 tokens LlamaForCausalLM .*{kind}"):
+        refuse_moving_positions(model, D2OConfig(max_length=33, max_completion_length=8))
+    refuse_moving_positions(small("llama"), D2OConfig(max_length=4096))
+
+
+def test_scores_belong_to_their_prompt() -> None:
+    one = Example([3], [4, 2], [[5, 2], [6, 2]], [-1.0] * 4)
+    two = Example([3], [4, 2], [[5, 2], [6, 2]], [-1.0] * 2)
+    with pytest.raises(ValueError, match="prompt 0 has 4 reference log-probabilities for 3 responses"):
+        pack([one, two], pad_token_id=0)

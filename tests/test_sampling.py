@@ -260,7 +260,6 @@ def test_arguments():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_frequencies_are_the_softmax_on_a_gpu(engine):
     model = peaked_model().cuda()
