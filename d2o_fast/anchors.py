@@ -9,41 +9,32 @@ K anchors of one prompt; S responses; N response tokens of a batch.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.batching import Example, pack, pack_shared, response_hidden, row_tokens
+from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, tokenize_rows
+from d2o_fast.drawing import Drawer
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
-from d2o_fast.models import autocast, base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
-from d2o_fast.ops import linear_logprob
-from d2o_fast.reference import sequence_logps
-from d2o_fast.sampling import evaluating, sample_responses
-from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
+from d2o_fast.models import decoder_of, pad_token_id, refuse_moving_positions
+from d2o_fast.scoring import adapter_disabled, reference_logps, refuse_trained_adapter
 from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
 from d2o_fast.sharing import choose_sharing
-from d2o_fast.tokens import encode_rows, tokenize_drawn
 
-__all__ = ["AnchorStore", "build_store", "expected_fingerprint", "reference_logps"]
+__all__ = ["AnchorStore", "build_store", "expected_fingerprint"]
 
 logger = logging.getLogger("d2o_fast")
-
-SCORE_TOKENS = 16384  #: tokens that one scoring batch may hold, padding included, unless a single prompt has more
 
 
 class AnchorStore:
@@ -175,59 +166,22 @@ def build_store(
     return AnchorStore(str(folder), manifest, shards)
 
 
-def reference_logps(
-    decoder: nn.Module, model: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int, shared: bool = False
-) -> list[list[float]]:
-    """K + 1 log-probabilities of each example, the negative's first: fp32 sums in nats.
-
-    Batches hold whole prompts, at most ``SCORE_TOKENS`` tokens of them, so that memory does not grow with the number of
-    examples; which rows share a batch, or ``shared`` prompts, changes a score in its rounding only.
-    """
-    head, device = head_of(model), next(model.parameters()).device
-    scores: list[list[float]] = []
-    for batch_examples in _batches(examples, shared):
-        batch = (pack_shared(batch_examples) if shared else pack(batch_examples, pad)).to(device)
-        with torch.no_grad(), evaluating(model), autocast(config, device):
-            hidden = response_hidden(decoder, batch)
-            token_logps = linear_logprob(hidden, head.weight, batch.targets, **head.options())
-        values = sequence_logps(token_logps, batch.layout).tolist()
-        for example in batch_examples:
-            count = 1 + len(example.anchor_ids)
-            scores.append(values[:count])
-            values = values[count:]
-    return scores
-
-
-def _batches(examples: Sequence[Example], shared: bool = False) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in examples:
-        if batch and row_tokens([*batch, example], shared) > SCORE_TOKENS:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
-
-
 class _ShardMaker:
     """Draws and scores the rows of one shard at a time."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: D2OConfig, stops: list[int]) -> None:
-        self.model, self.tokenizer, self.config, self.stops = model, tokenizer, config, stops
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         self.pad = pad_token_id(tokenizer)
-        self.server: ServerSampler | None = None
-        if config.server_url is not None:
-            name = config.server_model or config.model_name_or_path
-            self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
-        _refuse_trained_adapter(model)
+        self.drawer = Drawer(model, tokenizer, config, stops)
+        refuse_trained_adapter(model)
         refuse_moving_positions(model, config)
-        with _adapter_disabled(model):
+        with adapter_disabled(model):
             self.decoder = decoder_of(model)
         self.shared: bool | None = None  # not known before there are responses to try it on
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
-        with _adapter_disabled(self.model):
-            examples = self._with_anchors(shard, rows, examples)
+        with adapter_disabled(self.model):
+            examples = self.drawer.with_anchors(shard, rows, examples)
             if self.shared is None:
                 self.shared = choose_sharing(self.model, self.decoder, examples, self.config, self.pad).on
             scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad, self.shared)
@@ -241,52 +195,6 @@ class _ShardMaker:
                     raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
             records.append(self._record(first + i, row, example, logps))
         return pa.Table.from_pylist(records, schema=SCHEMA)
-
-    def _with_anchors(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> list[Example]:
-        wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
-        if self.server is None:
-            drawn = self._drawn_here(shard, [examples[i] for i in wanted])
-        else:
-            drawn = self._drawn_there(self.server, shard, [rows[i] for i in wanted], [examples[i] for i in wanted])
-        filled = list(examples)
-        for i, anchors in zip(wanted, drawn, strict=True):
-            filled[i] = replace(examples[i], anchor_ids=anchors)
-        return filled
-
-    def _drawn_here(self, shard: int, examples: Sequence[Example]) -> list[list[list[int]]]:
-        config, base = self.config, base_of(self.model)
-        with autocast(config, base.device):
-            return sample_responses(
-                base,
-                [example.prompt_ids for example in examples],
-                config.num_generations,
-                max_new_tokens=config.max_completion_length,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                eos_token_ids=self.stops,
-                pad_token_id=self.pad,
-                seed=_shard_seed(config.sampling_seed, shard),
-            )
-
-    def _drawn_there(
-        self, server: ServerSampler, shard: int, rows: Sequence[Row], examples: Sequence[Example]
-    ) -> list[list[list[int]]]:
-        config = self.config
-        prompts = []
-        for row, example, (whole, *_) in zip(rows, examples, encode_rows(rows, self.tokenizer), strict=True):
-            cut = whole != example.prompt_ids
-            place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
-            prompts.append(ServerPrompt(example.prompt_ids if cut else row.prompt, len(example.prompt_ids), place))
-        how = Sampling(
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            eos_token_ids=tuple(self.stops),
-            seed=(config.sampling_seed, shard),
-        )
-        draws = server.sample(prompts, config.num_generations, how)
-        texts = [[(draw.text, draw.ended) for draw in of_prompt] for of_prompt in draws]
-        return tokenize_drawn(rows, texts, self.tokenizer, config, self.stops)
 
     def _record(self, index: int, row: Row, example: Example, logps: list[float]) -> dict[str, Any]:
         if row.anchors is None:
@@ -315,24 +223,3 @@ class _ShardMaker:
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _shard_seed(sampling_seed: int, shard: int) -> int:
-    # A hash, since neighbouring seeds of neighbouring runs must not share shards.
-    return int.from_bytes(hashlib.sha256(f"{sampling_seed} {shard}".encode()).digest()[:7], "big")
-
-
-def _adapter_disabled(model: Any) -> contextlib.AbstractContextManager[Any]:
-    return model.disable_adapter() if hasattr(model, "peft_config") else contextlib.nullcontext()
-
-
-def _refuse_trained_adapter(model: nn.Module) -> None:
-    # A fresh adapter adds nothing, so the model without it is the initial policy; a trained one does not.
-    if not hasattr(model, "peft_config"):
-        return
-    for name, parameter in model.named_parameters():
-        if ("lora_B" in name or "lora_embedding_B" in name) and bool(parameter.detach().any()):
-            raise D2OError(
-                f"the adapter is not fresh ({name} is not zero), so the model without it is not where training starts. "
-                "Merge it first (merge_and_unload), or make the anchors before training"
-            )

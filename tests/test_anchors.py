@@ -21,8 +21,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import anchors as anchors_module
+from d2o_fast import drawing as drawing_module
+from d2o_fast import scoring as scoring_module
 from d2o_fast import shards as shards_module
-from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint, reference_logps
+from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
@@ -30,6 +32,7 @@ from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import weights_digest
 from d2o_fast.models import decoder_of
 from d2o_fast.sampling import sample_responses
+from d2o_fast.scoring import reference_logps
 from d2o_fast.sharing import install
 
 CONFIG = D2OConfig(
@@ -94,10 +97,10 @@ def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path):
         max_new_tokens=12,
         eos_token_ids=[2],
         pad_token_id=0,
-        seed=anchors_module._shard_seed(5, 1),
+        seed=drawing_module._shard_seed(5, 1),
     )
     assert [example.anchor_ids for example in examples[4:8]] == drawn
-    assert len({anchors_module._shard_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81
+    assert len({drawing_module._shard_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81
 
 
 def test_scores_do_not_depend_on_the_batch(monkeypatch):
@@ -107,7 +110,7 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
     together = reference_logps(decoder, model, examples, CONFIG, 0)
     install(model)
     shared = reference_logps(decoder, model, examples, CONFIG, 0, shared=True)
-    monkeypatch.setattr(anchors_module, "SCORE_TOKENS", 1)
+    monkeypatch.setattr(scoring_module, "SCORE_TOKENS", 1)
     apart = reference_logps(decoder, model, examples, CONFIG, 0)
     shared_apart = reference_logps(decoder, model, examples, CONFIG, 0, shared=True)
     for other in (apart, shared, shared_apart):
@@ -116,9 +119,9 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_scoring_batches_are_bounded(monkeypatch, shared):
-    monkeypatch.setattr(anchors_module, "SCORE_TOKENS", 60 if shared else 150)
+    monkeypatch.setattr(scoring_module, "SCORE_TOKENS", 60 if shared else 150)
     examples = examples_with_anchors(9)
-    batches = list(anchors_module._batches(examples, shared))
+    batches = list(scoring_module._batches(examples, shared))
     assert [example for batch in batches for example in batch] == examples
     for batch in batches:
         if shared:
@@ -126,7 +129,7 @@ def test_scoring_batches_are_bounded(monkeypatch, shared):
         else:
             width = max(len(e.prompt_ids) + len(r) for e in batch for r in e.responses())
             tokens = width * sum(len(e.responses()) for e in batch)
-        assert tokens <= anchors_module.SCORE_TOKENS
+        assert tokens <= scoring_module.SCORE_TOKENS
     assert 1 < len(batches) < 9
 
 
@@ -232,7 +235,7 @@ def test_lora_uses_the_model_without_the_adapter(tmp_path, monkeypatch):
     assert build(tmp_path / "lora", model=model).complete, "a complete store serves a trained adapter"
     with pytest.raises(D2OError, match=r"the adapter is not fresh .*merge_and_unload"):
         build(tmp_path / "new", model=model)
-    monkeypatch.setattr(anchors_module, "_refuse_trained_adapter", lambda model: None)
+    monkeypatch.setattr(anchors_module, "refuse_trained_adapter", lambda model: None)
     assert contents(build(tmp_path / "new", model=model).folder) == contents(tmp_path / "plain")
 
 
@@ -439,7 +442,7 @@ def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, coun
         return before
 
     os.replace, os.fsync = stepping(os.replace), stepping(os.fsync)
-    anchors_module.sample_responses = stepping(sample_responses)
+    drawing_module.sample_responses = stepping(sample_responses)
     anchors_module.reference_logps = stepping(reference_logps)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     build_store(model, tokenizer, rows_from(tiny_rows(6), "memory"), CONFIG, folder)
