@@ -91,12 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(seeds=tuple(args.seeds))
     if args.quick:
         study = Study((args.seeds[0],), (1e-3,), (2, 4), 60, (20, 20), 30, 1, (1e-3, 4))
-    started, commit = time.time(), _commit()
+    started, checked_out = time.time(), commit()
     os.environ["TQDM_DISABLE"] = "1"  # for the processes below: hundreds of progress bars
     with tempfile.TemporaryDirectory() as folder:
         runs = run_study(study, Path(folder), args.jobs)
     report = {
-        "commit": commit,
+        "commit": checked_out,
         "versions": versions(),
         "machine": f"{platform.machine()}, {args.jobs} processes of one thread",
         "seconds": round(time.time() - started),
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_study(study: Study, folder: Path, jobs: int) -> list[dict[str, Any]]:
     """Every method on every seed; one dict per (method, seed), in the order of ``NAMES``."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_process) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_process) as pool:
         before = dict(zip(study.seeds, pool.map(prepare, [(s, folder, study) for s in study.seeds]), strict=True))
         for seed, shares in before.items():
             print(f"seed {seed}: before {_percent(shares)}", flush=True)
@@ -148,7 +148,7 @@ def prepare(task: tuple[int, Path, Study]) -> Shares:
         raise RuntimeError(f"d2o sample ended with status {status}")
     logging.getLogger("d2o_fast").setLevel(logging.WARNING)  # the command had raised it
     config = _config(Job("d2o-fixed", seed, folder, study), *study.fixed, watch=False)
-    return judged(model, tokenizer, _rows(folder, "held_out"), config)
+    return judged(model, tokenizer, rows_of(folder, "held_out"), config)
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def train(
 ) -> tuple[Shares, list[tuple[int, Shares]]]:
     """Trains once from the seed's model; (shares on the prompts of ``split`` at the end, the same on the way)."""
     config = _config(job, learning_rate, num_steps, watch)
-    rows = _rows(job.folder, split)
+    rows = rows_of(job.folder, split)
     tokenizer = load_tokenizer(config)
     if not job.method.startswith("d2o"):
         model = load_model(config)
@@ -236,7 +236,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _config(job: Job, learning_rate: float, num_steps: int, watch: bool) -> D2OConfig:
     """The demo's settings with this run's own; ``judge`` and ``eval_steps`` only where the run is watched."""
-    settings = yaml.safe_load((job.folder / "d2o.yaml").read_text())
+    settings = demo_settings(job.folder)
     settings.update(
         learning_rate=learning_rate,
         max_steps=num_steps,
@@ -249,11 +249,19 @@ def _config(job: Job, learning_rate: float, num_steps: int, watch: bool) -> D2OC
     return D2OConfig(**settings)
 
 
-def _rows(folder: Path, split: str) -> list[Row]:
+def demo_settings(folder: Path) -> dict[str, Any]:
+    """What ``prepare`` wrote into the folder of one seed."""
+    settings: dict[str, Any] = yaml.safe_load((folder / "d2o.yaml").read_text())
+    return settings
+
+
+def rows_of(folder: Path, split: str) -> list[Row]:
+    """The prompts of ``split`` ("validation" or "held_out") of one seed."""
     return read_rows(str(folder / f"{split}.jsonl"))
 
 
-def _start_process() -> None:
+def start_process() -> None:
+    """Makes a process ready to train: one thread, no progress bars."""
     torch.set_num_threads(1)  # so small a model's threads would only wait for each other
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.disable_progress_bar()
@@ -272,7 +280,8 @@ def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, in short."""
     root = Path(__file__).parent
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False

@@ -193,32 +193,36 @@ class _ShardMaker:
                     field = "rejected" if response == 0 else f"anchors[{response - 1}]"
                     found = f"its log-probability under the model is {logp}"
                     raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
-            records.append(self._record(first + i, row, example, logps))
+            records.append(store_record(first + i, row, example, logps, self.tokenizer))
         return pa.Table.from_pylist(records, schema=SCHEMA)
 
-    def _record(self, index: int, row: Row, example: Example, logps: list[float]) -> dict[str, Any]:
-        if row.anchors is None:
-            anchors = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
-        else:
-            anchors = [_as_text(anchor) for anchor in row.anchors]
-        return {
-            "row": index,
-            "source": row.source,
-            "source_row": row.index,
-            "chat": not isinstance(row.prompt, str),
-            "sampled": row.anchors is None,
-            "prompt": _as_text(row.prompt),
-            "rejected": _as_text(row.rejected),
-            "anchors": anchors,
-            "prompt_ids": example.prompt_ids,
-            "rejected_ids": example.rejected_ids,
-            "anchors_ids": example.anchor_ids,
-            "rejected_ref_logp": logps[0],
-            "anchors_ref_logps": logps[1:],
-            "prompt_tokens": len(example.prompt_ids),
-            "rejected_tokens": len(example.rejected_ids),
-            "anchors_tokens": [len(ids) for ids in example.anchor_ids],
-        }
+
+def store_record(
+    index: int, row: Row, example: Example, logps: Sequence[float], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """A row of a shard (``SCHEMA``): ``example`` and its K + 1 log-probabilities in nats, the negative's first."""
+    if row.anchors is None:
+        anchors = [tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
+    else:
+        anchors = [_as_text(anchor) for anchor in row.anchors]
+    return {
+        "row": index,
+        "source": row.source,
+        "source_row": row.index,
+        "chat": not isinstance(row.prompt, str),
+        "sampled": row.anchors is None,
+        "prompt": _as_text(row.prompt),
+        "rejected": _as_text(row.rejected),
+        "anchors": anchors,
+        "prompt_ids": example.prompt_ids,
+        "rejected_ids": example.rejected_ids,
+        "anchors_ids": example.anchor_ids,
+        "rejected_ref_logp": logps[0],
+        "anchors_ref_logps": logps[1:],
+        "prompt_tokens": len(example.prompt_ids),
+        "rejected_tokens": len(example.rejected_ids),
+        "anchors_tokens": [len(ids) for ids in example.anchor_ids],
+    }
 
 
 def _as_text(value: Any) -> str:

@@ -35,6 +35,7 @@ FIXED = (
     *("alpha", "beta", "anchor_weight", "dtype", "seed", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("refresh_every", "refresh_strategy"),
     *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 )
 
@@ -50,12 +51,13 @@ class TrainerState:
     metrics: dict[str, float] = field(default_factory=dict)  #: the last ones of training and of evaluation
     config: dict[str, Any] = field(default_factory=dict)
     shared: bool | None = None  #: whether prompts are shared; None before the first step
+    window: str | None = None  #: digest of the anchors that were drawn last (``refresh.py``); None: the store's
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints in ``output_dir``, oldest first."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | bool | None) -> Path | None:
@@ -89,7 +91,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | bool | None) -> Path |
             f"resume_from_checkpoint '{path}' is not a checkpoint of output_dir '{output_dir}' ({_names(existing)}); "
             "set output_dir to the folder that holds it"
         )
-    later = [other for other in existing if _step(other) > _step(path)]
+    later = [other for other in existing if step_of(other) > step_of(path)]
     if later:
         raise D2OError(
             f"resume_from_checkpoint '{path}': {output_dir} also holds {_names(later)}, which the resumed run would "
@@ -171,6 +173,18 @@ def check_digest(path: Path, state: TrainerState, name: str, digest: str, source
         raise D2OError(
             f"{path} was trained with other {name} anchors and references (digest {state.digests.get(name)}) than "
             f"those in {source} (digest {digest}). A resumed run never makes new ones: give it the old ones back"
+        )
+
+
+def check_window(path: Path, state: TrainerState, digest: str) -> None:
+    """
+    Raises:
+        D2OError: the anchors that were drawn anew before the checkpoint are not those that are there now.
+    """
+    if state.window != digest:
+        raise D2OError(
+            f"{path} was trained with other anchors than those in {path.parent / 'refreshed'} (digest {state.window}, "
+            f"found {digest}). The policy that drew them is gone: give the run its folder back, or start anew"
         )
 
 
@@ -256,7 +270,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was written."""
     return int(path.name.removeprefix(PREFIX))
 
 

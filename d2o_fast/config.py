@@ -68,6 +68,10 @@ class D2OConfig:
     server_concurrency: int = 16  #: prompts under way at a time
     server_timeout: float = 600.0  #: seconds for one request
 
+    # Online
+    refresh_every: int = 0  #: anchors are drawn anew from the policy, their new reference, so often; 0: they stay
+    refresh_strategy: Literal["steps", "epoch"] = "steps"  #: what refresh_every counts
+
     # Loss
     alpha: float = 0.1  #: weight of the negative
     beta: float = 0.1  #: weight of the anchors
@@ -122,6 +126,13 @@ class D2OConfig:
             "server_url",
             self.server_url,
             "where the server listens, since server_model is set",
+        )
+        _require(self.refresh_every >= 0, "refresh_every", self.refresh_every, "an integer >= 0")
+        _require(
+            not self.refresh_every or self.server_url is None,
+            "refresh_every",
+            self.refresh_every,
+            "0 while server_url is set: the server has the initial weights and not those of the policy in training",
         )
         _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")

@@ -34,7 +34,7 @@ class Drawer:
             name = config.server_model or config.model_name_or_path
             self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
 
-    def with_anchors(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> list[Example]:
+    def with_anchors(self, shard: int | str, rows: Sequence[Row], examples: Sequence[Example]) -> list[Example]:
         """The examples of one shard; those without anchors get K of them.
 
         Raises:
@@ -44,13 +44,14 @@ class Drawer:
         if self.server is None:
             drawn = self._drawn_here(shard, [examples[i] for i in wanted])
         else:
+            assert isinstance(shard, int)
             drawn = self._drawn_there(self.server, shard, [rows[i] for i in wanted], [examples[i] for i in wanted])
         filled = list(examples)
         for i, anchors in zip(wanted, drawn, strict=True):
             filled[i] = replace(examples[i], anchor_ids=anchors)
         return filled
 
-    def _drawn_here(self, shard: int, examples: Sequence[Example]) -> list[list[list[int]]]:
+    def _drawn_here(self, shard: int | str, examples: Sequence[Example]) -> list[list[list[int]]]:
         config, base = self.config, base_of(self.model)
         with autocast(config, base.device):
             return sample_responses(
@@ -86,6 +87,6 @@ class Drawer:
         return tokenize_drawn(rows, texts, self.tokenizer, config, self.stops)
 
 
-def _shard_seed(sampling_seed: int, shard: int) -> int:
+def _shard_seed(sampling_seed: int, shard: int | str) -> int:
     # A hash, since neighbouring seeds of neighbouring runs must not share shards.
     return int.from_bytes(hashlib.sha256(f"{sampling_seed} {shard}".encode()).digest()[:7], "big")

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from d2o_fast.prepare import (
     quiet_transformers,
     refuse_many_processes,
 )
+from d2o_fast.refresh import Refresher, Window
 from d2o_fast.sharing import Sharing, choose_sharing
 from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
 
@@ -64,8 +66,8 @@ class D2OTrainer:
         eval_dataset: held-out data in the same forms.
         processing_class: the tokenizer; by default the one beside the model.
         peft_config: a LoraConfig; with ``args.use_peft`` alone, one is made from ``args.lora_*``.
-        callbacks: functions ``callback(trainer, event, metrics)``, called after each "log", "evaluate", "save" and
-            "train_end".
+        callbacks: functions ``callback(trainer, event, metrics)``, called after each "log", "evaluate", "refresh",
+            "save" and "train_end".
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class D2OTrainer:
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
         self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
         self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
+        self.window: Window | None = None  #: anchors drawn anew for the steps under way; None: the store's
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class D2OTrainer:
             if path is not None:
                 ckpt.check_sharing(path, state, self.sharing)
             state.shared = self.sharing.on
+            self._prepare_refresh(path)
         if args.gradient_checkpointing:
             base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -156,6 +160,7 @@ class D2OTrainer:
                 self._evaluate_and_log()
             rate = TokenRate()
             while state.global_step < self.num_steps:
+                self._refresh(rate)
                 grad_norm, lr, tokens = self._step()
                 rate.tokens += tokens
                 self._after_step(grad_norm, lr, rate)
@@ -166,7 +171,7 @@ class D2OTrainer:
     def _step(self) -> tuple[torch.Tensor, float, int]:
         """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
         args, state = self.args, self.state
-        examples = [self.examples["train"][i] for i in self.prompts_of(state.global_step)]
+        examples = [self._example(i) for i in self.prompts_of(state.global_step)]
         lr = args.learning_rate * schedule(state.global_step, self.num_steps, args.lr_scheduler_type, args.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -229,6 +234,59 @@ class D2OTrainer:
             "written since. Lower learning_rate, or look at these prompts"
         )
 
+    # --- Anchors drawn anew ----------------------------------------------------------------------------------------
+
+    def window_of(self, step: int) -> int:
+        """The step (from 0) at which the anchors of step ``step`` are drawn; 0: they are the store's."""
+        if not self.args.refresh_every:
+            return 0
+        unit = self.steps_per_epoch if self.args.refresh_strategy == "epoch" else 1
+        return step - step % (self.args.refresh_every * unit)
+
+    def _example(self, i: int) -> Example:
+        fresh = self.window is not None and i in self.window
+        return self.window.example(i) if fresh else self.examples["train"][i]  # type: ignore[union-attr]
+
+    def _fresh_rows(self, start: int) -> list[int]:
+        """Places in the data of the prompts in the window that begins at ``start``, in order.
+
+        Rows that brought anchors of their own keep them.
+        """
+        rows: set[int] = set()
+        for step in range(start, self.num_steps):
+            if self.window_of(step) != start or len(rows) == len(self.examples["train"]):
+                break
+            rows.update(self.prompts_of(step))
+        return [i for i in sorted(rows) if self.rows["train"][i].anchors is None]
+
+    def _prepare_refresh(self, path: Path | None) -> None:
+        """What earlier runs left is removed, but for the window that the checkpoint at ``path`` stands in."""
+        if not self.args.refresh_every:
+            return
+        shared = self._evaluates_shared(self.examples["train"])
+        self.refresher = Refresher(self.model, self.decoder, self.tokenizer, self.args, self.stores["train"], shared)
+        step, start = self.state.global_step, self.window_of(self.state.global_step)
+        if path is None or not 0 < start < step < self.num_steps:
+            self.refresher.keep([])
+            return
+        self.refresher.keep([start])
+        self.window = self.refresher.load(start, self._fresh_rows(start))
+        ckpt.check_window(path, self.state, self.window.digest)
+
+    def _refresh(self, rate: TokenRate) -> None:
+        """Draws anchors if a window begins with the step that comes."""
+        step = self.state.global_step
+        if not step or self.window_of(step) != step:
+            return
+        self._refuse_non_finite()
+        rate.pause()
+        started, rows = time.perf_counter(), self._fresh_rows(step)
+        self.window = self.refresher.draw(step, rows, self.rows["train"], self.examples["train"])
+        self.state.window = self.window.digest
+        # Under the step that comes: a run that is resumed here draws again, and says so again.
+        self._report("refresh", self.refresher.metrics(self.window, rows, time.perf_counter() - started), step + 1)
+        rate.go()
+
     # --- The order of the prompts: a function of the settings and the step ----------------------------------------
 
     @property
@@ -289,17 +347,19 @@ class D2OTrainer:
         if not self.examples["eval"]:
             raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
         examples = self.examples["eval"]
+        shared = self._evaluates_shared(examples)
+        return evaluate_model(self.model, self.tokenizer, examples, self.rows["eval"], self.args, shared=shared)[0]
+
+    def _evaluates_shared(self, examples: Sequence[Example]) -> bool:
         if self.eval_shared is None:
             self.eval_shared = choose_sharing(self.model, self.decoder, examples, self.args, self.pad).on
-        return evaluate_model(
-            self.model, self.tokenizer, examples, self.rows["eval"], self.args, shared=self.eval_shared
-        )[0]
+        return self.eval_shared
 
     def _evaluate_and_log(self) -> None:
         self._report("evaluate", {**self.evaluate(), "epoch": self.state.epoch})
 
-    def _report(self, event: str, metrics: dict[str, float]) -> None:
-        self.log.write(self.state.global_step, metrics)
+    def _report(self, event: str, metrics: dict[str, float], step: int | None = None) -> None:
+        self.log.write(self.state.global_step if step is None else step, metrics)
         self.state.metrics |= metrics
         self._call(event, metrics)
 
@@ -342,6 +402,9 @@ class D2OTrainer:
         extra = {"sums": self.means.sums.cpu(), "num_prompts": self.means.num_prompts}
         limit = self.args.save_total_limit
         ckpt.save_checkpoint(self.args.output_dir, self.state, self._save_weights, self.optimizer, extra, limit)
+        if self.args.refresh_every:
+            steps = map(ckpt.step_of, ckpt.checkpoints(self.args.output_dir))
+            self.refresher.keep(self.window_of(step) for step in steps if self.window_of(step) < step)
         self._call("save", {})
 
     def _load_progress(self, path: Path) -> None:
