@@ -17,6 +17,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from d2o_fast.data import Row
 from d2o_fast.drawing import Drawer
 from d2o_fast.errors import D2OError
 from d2o_fast.models import pad_token_id
+from d2o_fast.order import Order
 from d2o_fast.scoring import reference_logps
 from d2o_fast.shards import SCHEMA, begin, shard_name, write_shard
 
@@ -40,20 +42,31 @@ class Window:
     """The anchors of one window's prompts.
 
     Args:
-        rows: the prompts' places in the data, in the order of the window's store.
+        places: the prompts' places in the data, in the order of the window's store.
     """
 
-    def __init__(self, step: int, rows: Sequence[int], store: AnchorStore) -> None:
-        self.step, self.digest = step, _content_digest(Path(store.folder))
+    def __init__(self, places: Sequence[int], store: AnchorStore) -> None:
+        self.digest = _content_digest(Path(store.folder))
         self._examples = store.examples()
-        self._place = {row: place for place, row in enumerate(rows)}
+        self._index = {place: i for i, place in enumerate(places)}
 
-    def __contains__(self, row: int) -> bool:
-        return row in self._place
+    def __contains__(self, place: int) -> bool:
+        return place in self._index
 
-    def example(self, row: int) -> Example:
-        """The prompt at place ``row`` of the data with its negative, its fresh anchors and their scores."""
-        return self._examples[self._place[row]]
+    def example(self, place: int) -> Example:
+        """The prompt at ``place`` of the data with its negative, its fresh anchors and their scores."""
+        return self._examples[self._index[place]]
+
+    def metrics(self) -> dict[str, float]:
+        """Anchors, their mean length in tokens and mean log-probability in nats: ``refresh/...``."""
+        lengths = [len(ids) for example in self._examples for ids in example.anchor_ids]
+        logps = [logp for example in self._examples for logp in example.ref_logps[1:]]
+        count = max(1, len(lengths))
+        return {
+            "refresh/anchors": len(lengths),
+            "refresh/mean_length": sum(lengths) / count,
+            "refresh/logps": sum(logps) / count,
+        }
 
 
 class Refresher:
@@ -61,6 +74,7 @@ class Refresher:
 
     Args:
         model: the policy that is being trained; its adapter, if it has one, stays active.
+        rows: the training data; ``examples``: the same as ``store`` has them.
         shared: whether prompts can be read once for all their responses where dropout is off.
     """
 
@@ -71,51 +85,38 @@ class Refresher:
         tokenizer: PreTrainedTokenizerBase,
         config: D2OConfig,
         store: AnchorStore,
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        order: Order,
         shared: bool,
     ) -> None:
         self.model, self.decoder, self.tokenizer, self.config, self.shared = model, decoder, tokenizer, config, shared
-        self.store, self.folder = store, Path(config.output_dir) / "refreshed"
+        self.store, self.rows, self.examples, self.order = store, rows, examples, order
+        self.folder = Path(config.output_dir) / "refreshed"
         self.drawer = Drawer(model, tokenizer, config, store.fingerprint["stop_token_ids"])
 
-    def draw(self, step: int, rows: Sequence[int], data: Sequence[Row], examples: Sequence[Example]) -> Window:
-        """Draws and scores anchors under the policy as it is now, and puts them on the disk.
-
-        Args:
-            rows: places in the data of the prompts that are to get anchors.
-            data: the whole data, ``examples`` the same as the store has them.
+    def draw(self, step: int) -> Window:
+        """Draws and scores the anchors of the window that begins at ``step`` under the policy as it is now.
 
         Raises:
             D2OError: a score that is not finite.
         """
-        size, pad = self.config.sampling_batch_size, pad_token_id(self.tokenizer)
+        places, size = self._places(step), self.config.sampling_batch_size
         with atomic_folder(self.folder / f"step-{step}") as folder:
             fingerprint = {**self.store.fingerprint, "refreshed_at": step}
-            begin(folder, {"fingerprint": fingerprint, "num_rows": len(rows), "num_shards": -(-len(rows) // size)})
-            for shard, start in enumerate(range(0, len(rows), size)):
-                part = rows[start : start + size]
-                bare = [Example(examples[i].prompt_ids, examples[i].rejected_ids, [], []) for i in part]
-                part_rows = [data[i] for i in part]
-                drawn = self.drawer.with_anchors(f"refresh {step} {shard}", part_rows, bare)
-                scores = reference_logps(self.decoder, self.model, drawn, self.config, pad, self.shared)
-                records = []
-                for place, (i, row, example, logps) in enumerate(zip(part, part_rows, drawn, scores, strict=True)):
-                    if not all(map(math.isfinite, logps)):
-                        raise D2OError(
-                            f"step {step}: the anchors drawn anew for {row.source}, row {row.index}, have the "
-                            f"log-probabilities {logps[1:]}. Lower learning_rate, or try dtype float32"
-                        )
-                    logps = [examples[i].ref_logps[0], *logps[1:]]
-                    records.append(store_record(start + place, row, example, logps, self.tokenizer))
+            begin(folder, {"fingerprint": fingerprint, "num_rows": len(places), "num_shards": -(-len(places) // size)})
+            for shard, start in enumerate(range(0, len(places), size)):
+                records = self._drawn(step, shard, places[start : start + size])
                 write_shard(folder, shard, pa.Table.from_pylist(records, schema=SCHEMA))
-        return self.load(step, rows)
+        return self.load(step)
 
-    def load(self, step: int, rows: Sequence[int]) -> Window:
-        """The window that ``draw`` made at ``step`` for ``rows``.
+    def load(self, step: int) -> Window:
+        """The window that ``draw`` made at ``step``.
 
         Raises:
             D2OError: it is missing or damaged.
         """
-        return Window(step, rows, AnchorStore.open(self.folder / f"step-{step}"))
+        return Window(self._places(step), AnchorStore.open(self.folder / f"step-{step}"))
 
     def keep(self, steps: Iterable[int]) -> None:
         """Removes every window but those of ``steps``, and what a killed writer left."""
@@ -124,17 +125,25 @@ class Refresher:
             if path.name not in names:
                 shutil.rmtree(path)
 
-    def metrics(self, window: Window, rows: Sequence[int], seconds: float) -> dict[str, Any]:
-        """What is reported of a window: ``refresh/...``."""
-        responses = [window.example(row) for row in rows]
-        anchors = [ids for example in responses for ids in example.anchor_ids]
-        logps = [logp for example in responses for logp in example.ref_logps[1:]]
-        return {
-            "refresh/anchors": len(anchors),
-            "refresh/mean_length": sum(map(len, anchors)) / len(anchors),
-            "refresh/logps": sum(logps) / len(logps),  # nats, mean over the anchors
-            "refresh/seconds": seconds,
-        }
+    def _places(self, step: int) -> list[int]:
+        """The window's prompts, but for those that brought anchors of their own: they keep them."""
+        return [i for i in self.order.prompts_of_window(step) if self.rows[i].anchors is None]
+
+    def _drawn(self, step: int, shard: int, places: Sequence[int]) -> list[dict[str, Any]]:
+        rows, known = [self.rows[i] for i in places], [self.examples[i] for i in places]
+        bare = [replace(example, anchor_ids=[], ref_logps=[]) for example in known]
+        drawn = self.drawer.with_anchors(f"refresh {step} {shard}", rows, bare)
+        pad = pad_token_id(self.tokenizer)
+        scores = reference_logps(self.decoder, self.model, drawn, self.config, pad, self.shared)
+        first, records = shard * self.config.sampling_batch_size, []
+        for i, (row, old, new, (_, *logps)) in enumerate(zip(rows, known, drawn, scores, strict=True)):
+            if not all(map(math.isfinite, logps)):
+                raise D2OError(
+                    f"step {step}: the anchors drawn anew for {row.source}, row {row.index}, have log-probabilities of "
+                    f"{logps}. Lower learning_rate, or try dtype float32"
+                )
+            records.append(store_record(first + i, row, new, [old.ref_logps[0], *logps], self.tokenizer))
+        return records
 
 
 def _content_digest(folder: Path) -> str:

@@ -9,7 +9,6 @@ Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one pr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import time
@@ -30,6 +29,7 @@ from d2o_fast.errors import D2OError
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
 from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id, refuse_moving_positions
+from d2o_fast.order import Order
 from d2o_fast.prepare import (
     add_adapter,
     initial_model,
@@ -142,7 +142,7 @@ class D2OTrainer:
         if path is not None:
             load_weights(self.model, path)
             self._load_progress(path)
-        first = [self.examples["train"][i] for i in self.prompts_of(state.global_step)[:1]]
+        first = [self.examples["train"][i] for i in self.order.prompts_of(state.global_step)[:1]]
         if first:
             self.sharing = choose_sharing(self.model, self.decoder, first, args, self.pad, training=True)
             if path is not None:
@@ -154,12 +154,12 @@ class D2OTrainer:
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model.train()
-        self.log = MetricLog(args, state.global_step, self.num_steps)
+        self.log = MetricLog(args, state.global_step, self.order.num_steps)
         try:
             if args.eval_steps and self.examples["eval"] and path is None:
                 self._evaluate_and_log()
             rate = TokenRate()
-            while state.global_step < self.num_steps:
+            while state.global_step < self.order.num_steps:
                 self._refresh(rate)
                 grad_norm, lr, tokens = self._step()
                 rate.tokens += tokens
@@ -171,8 +171,10 @@ class D2OTrainer:
     def _step(self) -> tuple[torch.Tensor, float, int]:
         """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
         args, state = self.args, self.state
-        examples = [self._example(i) for i in self.prompts_of(state.global_step)]
-        lr = args.learning_rate * schedule(state.global_step, self.num_steps, args.lr_scheduler_type, args.warmup_ratio)
+        examples = [self._example(i) for i in self.order.prompts_of(state.global_step)]
+        lr = args.learning_rate * schedule(
+            state.global_step, self.order.num_steps, args.lr_scheduler_type, args.warmup_ratio
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -194,11 +196,11 @@ class D2OTrainer:
         tokens = sum(example.num_tokens() for example in examples)
         state.global_step += 1
         state.num_tokens += tokens
-        state.epoch = self._epoch(state.global_step)
+        state.epoch = self.order.epoch_of(state.global_step)
         return grad_norm, lr, tokens
 
     def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
-        args, step, last = self.args, self.state.global_step, self.state.global_step == self.num_steps
+        args, step, last = self.args, self.state.global_step, self.state.global_step == self.order.num_steps
         if step % args.logging_steps == 0 or last:
             self._refuse_non_finite()
             metrics = {
@@ -228,7 +230,7 @@ class D2OTrainer:
         step = int(self.bad_step.item())
         if step < 0:
             return
-        prompts = ", ".join(self._source(i) for i in self.prompts_of(step)[:4])
+        prompts = ", ".join(self._source(i) for i in self.order.prompts_of(step)[:4])
         raise D2OError(
             f"step {step + 1}: the loss or its gradient is not finite. Its prompts: {prompts}, ... No checkpoint was "
             "written since. Lower learning_rate, or look at these prompts"
@@ -236,86 +238,42 @@ class D2OTrainer:
 
     # --- Anchors drawn anew ----------------------------------------------------------------------------------------
 
-    def window_of(self, step: int) -> int:
-        """The step (from 0) at which the anchors of step ``step`` are drawn; 0: they are the store's."""
-        if not self.args.refresh_every:
-            return 0
-        unit = self.steps_per_epoch if self.args.refresh_strategy == "epoch" else 1
-        return step - step % (self.args.refresh_every * unit)
-
     def _example(self, i: int) -> Example:
         fresh = self.window is not None and i in self.window
         return self.window.example(i) if fresh else self.examples["train"][i]  # type: ignore[union-attr]
-
-    def _fresh_rows(self, start: int) -> list[int]:
-        """Places in the data of the prompts in the window that begins at ``start``, in order.
-
-        Rows that brought anchors of their own keep them.
-        """
-        rows: set[int] = set()
-        for step in range(start, self.num_steps):
-            if self.window_of(step) != start or len(rows) == len(self.examples["train"]):
-                break
-            rows.update(self.prompts_of(step))
-        return [i for i in sorted(rows) if self.rows["train"][i].anchors is None]
 
     def _prepare_refresh(self, path: Path | None) -> None:
         """What earlier runs left is removed, but for the window that the checkpoint at ``path`` stands in."""
         if not self.args.refresh_every:
             return
-        shared = self._evaluates_shared(self.examples["train"])
-        self.refresher = Refresher(self.model, self.decoder, self.tokenizer, self.args, self.stores["train"], shared)
-        step, start = self.state.global_step, self.window_of(self.state.global_step)
-        if path is None or not 0 < start < step < self.num_steps:
+        examples, rows = self.examples["train"], self.rows["train"]
+        shared = self._evaluates_shared(examples)
+        store = self.stores["train"]
+        self.refresher = Refresher(
+            self.model, self.decoder, self.tokenizer, self.args, store, rows, examples, self.order, shared
+        )
+        step = self.state.global_step
+        start = self.order.window_of(step)
+        if path is None or not 0 < start < step < self.order.num_steps:
             self.refresher.keep([])
             return
         self.refresher.keep([start])
-        self.window = self.refresher.load(start, self._fresh_rows(start))
+        self.window = self.refresher.load(start)
         ckpt.check_window(path, self.state, self.window.digest)
 
     def _refresh(self, rate: TokenRate) -> None:
         """Draws anchors if a window begins with the step that comes."""
         step = self.state.global_step
-        if not step or self.window_of(step) != step:
+        if not step or self.order.window_of(step) != step:
             return
         self._refuse_non_finite()
         rate.pause()
-        started, rows = time.perf_counter(), self._fresh_rows(step)
-        self.window = self.refresher.draw(step, rows, self.rows["train"], self.examples["train"])
+        started = time.perf_counter()
+        self.window = self.refresher.draw(step)
         self.state.window = self.window.digest
         # Under the step that comes: a run that is resumed here draws again, and says so again.
-        self._report("refresh", self.refresher.metrics(self.window, rows, time.perf_counter() - started), step + 1)
+        self._report("refresh", {**self.window.metrics(), "refresh/seconds": time.perf_counter() - started}, step + 1)
         rate.go()
-
-    # --- The order of the prompts: a function of the settings and the step ----------------------------------------
-
-    @property
-    def prompts_per_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.examples["train"]) / self.prompts_per_step)
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-
-    def prompts_of(self, step: int) -> list[int]:
-        """Which examples step ``step`` (from 0) takes; fewer than ``prompts_per_step`` at the end of an epoch."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if getattr(self, "_order", (None,))[0] != epoch:
-            digest = hashlib.sha256(f"{self.args.seed}/{epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._order = epoch, torch.randperm(len(self.examples["train"]), generator=generator).tolist()
-        return self._order[1][position * self.prompts_per_step :][: self.prompts_per_step]
-
-    def _epoch(self, step: int) -> float:
-        full, position = divmod(step, self.steps_per_epoch)
-        return full + position * self.prompts_per_step / len(self.examples["train"])
 
     # --- Data ------------------------------------------------------------------------------------------------------
 
@@ -326,6 +284,8 @@ class D2OTrainer:
             self.stores[name], self.examples[name] = store, store.examples()
             self.rows[name] = store.rows() if isinstance(data, AnchorStore) else data
         self.examples.setdefault(name, [])
+        if name == "train":
+            self.order = Order(self.args, len(self.examples[name]))
         if data is None:
             return
         if resumed is not None:
@@ -404,7 +364,7 @@ class D2OTrainer:
         ckpt.save_checkpoint(self.args.output_dir, self.state, self._save_weights, self.optimizer, extra, limit)
         if self.args.refresh_every:
             steps = map(ckpt.step_of, ckpt.checkpoints(self.args.output_dir))
-            self.refresher.keep(self.window_of(step) for step in steps if self.window_of(step) < step)
+            self.refresher.keep(self.order.window_of(step) for step in steps if self.order.window_of(step) < step)
         self._call("save", {})
 
     def _load_progress(self, path: Path) -> None:

@@ -103,7 +103,7 @@ def test_fresh_anchors_are_the_policys_own_and_it_is_their_reference(tmp_path: P
     assert list(policies) == [4, 8, 12]
     stored = run.stores["train"].examples()
     for number, (step, policy) in enumerate(policies.items(), start=1):
-        rows = sorted({i for s in range(step, min(step + 4, 14)) for i in run.prompts_of(s)})
+        rows = sorted({i for s in range(step, min(step + 4, 14)) for i in run.order.prompts_of(s)})
         examples = AnchorStore.open(tmp_path / f"{number}").examples()
         assert len(examples) == len(rows)
         for place, example in zip(rows, examples, strict=True):
@@ -149,7 +149,7 @@ def test_epochs_are_counted_where_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = trainer(out, refresh_every=2, refresh_strategy="epoch", max_steps=13)
     run.train()
-    assert [run.window_of(step) for step in range(13)] == [0] * 6 + [6] * 6 + [12]
+    assert [run.order.window_of(step) for step in range(13)] == [0] * 6 + [6] * 6 + [12]
     records = read_log(out / "metrics.jsonl")
     anchors = {record["step"]: record["refresh/anchors"] for record in records if "refresh/anchors" in record}
     assert anchors == {7: 30, 13: 12}  # all ten prompts, then those of the last step alone
@@ -240,3 +240,8 @@ def test_lost_or_other_anchors_are_an_error_and_not_drawn_again(tmp_path: Path) 
         trainer(out).train("latest")
     with pytest.raises(D2OError, match="refresh_every: 4 in the checkpoint, now 5"):
         trainer(out, refresh_every=5).train("latest")
+
+
+def test_recomputing_activations_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "run", gradient_checkpointing=True).train()
+    assert_same(tmp_path / "run", whole)

@@ -105,7 +105,7 @@ def test_one_step_is_adamw_on_the_specification(tmp_path: Path, store: AnchorSto
     run.train()
 
     model = tiny_model().train()
-    order = run.prompts_of(0)
+    order = run.order.prompts_of(0)
     assert len(order) == 6
     batch = pack([store.examples()[i] for i in order], 0)
     hidden = response_hidden(decoder_of(model), batch)
@@ -165,7 +165,7 @@ def test_every_epoch_takes_every_prompt_once_in_an_order_of_its_own(tmp_path: Pa
     def epochs(seed: int) -> list[list[int]]:
         run = trainer(tmp_path, store, per_device_train_batch_size=3, seed=seed)
         run._prepare("train")
-        return [[i for step in range(4) for i in run.prompts_of(4 * epoch + step)] for epoch in range(2)]
+        return [[i for step in range(4) for i in run.order.prompts_of(4 * epoch + step)] for epoch in range(2)]
 
     assert all(sorted(order) == list(range(10)) for order in epochs(1))
     assert epochs(1)[0] != epochs(1)[1]
@@ -209,7 +209,7 @@ def test_a_token_budget_changes_nothing_but_rounding(tmp_path: Path, store: Anch
         patch.setattr(trainer_module, "batch_loss", watched)
         run, by_tokens = run_with(tmp_path / "tokens", store, shared_prefix=shared, tokens_per_micro_batch=budget)
     assert max(sizes) <= budget
-    assert run.prompts_per_step == 4
+    assert run.order.prompts_per_step == 4
     assert len(sizes) > 5 * 2
     for one, other in zip(by_number, by_tokens, strict=True):
         for name in set(one) - {"tokens_per_second"}:
@@ -437,7 +437,7 @@ def test_a_store_of_another_model_is_refused(tmp_path: Path, store: AnchorStore)
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: AnchorStore) -> None:
     run = trainer(tmp_path, store, logging_steps=7, save_steps=2, max_steps=9)
     run._prepare("train")
-    broken = run.prompts_of(2)[1]  # in step 3, after the checkpoint of step 2 and before the one of step 4
+    broken = run.order.prompts_of(2)[1]  # in step 3, after the checkpoint of step 2 and before the one of step 4
     example = run.examples["train"][broken]
     run.examples["train"][broken] = dataclasses.replace(example, ref_logps=[math.nan, *example.ref_logps[1:]])
     with pytest.raises(D2OError, match=rf"step 3: .*train_dataset, row {broken + 1}\b"):
