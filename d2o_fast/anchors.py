@@ -82,8 +82,32 @@ class AnchorStore:
             pairs = {name: (self.fingerprint.get(name), expected.get(name)) for name in names}
             raise FingerprintError(self.folder, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
 
+    @property
+    def usable(self) -> list[int]:
+        """Places in the data of the rows that have anchors; the others lost theirs to the filters."""
+        places = list[int]()
+        for shard in self._tables():
+            counts = shard["anchors_ids"].combine_chunks().value_lengths().to_pylist()
+            places += [row for row, count in zip(shard["row"].to_pylist(), counts, strict=True) if count]
+        return places
+
+    def lost(self) -> str | None:
+        """How many rows have lost all their anchors, the first of them, and where all are listed; None if none has."""
+        if len(self.usable) == self.num_rows:
+            return None
+        lost = [record for record in self._records() if not record["anchors_ids"]]
+        places = "; ".join(f"{record['source']}, row {record['source_row']}" for record in lost[:3])
+        return (
+            f"{len(lost)} of {self.num_rows} rows lost all their anchors to the filters and are left out ({places}"
+            f"{'; ...' if len(lost) > 3 else ''}); `d2o anchors inspect {self.folder}` lists them all with the reasons"
+        )
+
+    def dropped(self) -> list[str]:
+        """Why each draw that is no anchor is none (``filters.REASONS``), of all rows."""
+        return [reason for shard in self._tables() for reasons in shard["dropped"].to_pylist() for reason in reasons]
+
     def examples(self) -> list[Example]:
-        """Token ids and reference scores of every row, in the order of the data."""
+        """Token ids and reference scores of the rows ``usable``, in the order of the data."""
         return [
             Example(
                 record["prompt_ids"],
@@ -92,10 +116,11 @@ class AnchorStore:
                 [record["rejected_ref_logp"], *record["anchors_ref_logps"]],
             )
             for record in self._records()
+            if record["anchors_ids"]
         ]
 
     def rows(self) -> list[Row]:
-        """The rows that the store was made of; ``anchors`` is None where they were sampled."""
+        """All rows that the store was made of; ``anchors`` is None where they were sampled."""
         rows = []
         for record in self._records():
             read = json.loads if record["chat"] else str
@@ -105,10 +130,14 @@ class AnchorStore:
         return rows
 
     def _records(self) -> Iterator[dict[str, Any]]:
+        for shard in self._tables():
+            yield from shard.to_pylist()
+
+    def _tables(self) -> Iterator[pa.Table]:
         for shard in self._shards:
             if shard is None:
                 raise D2OError(f"{self.folder}: the store is incomplete; run `d2o sample` again to complete it")
-            yield from shard.to_pylist()
+            yield shard
 
 
 def build_store(
@@ -121,9 +150,9 @@ def build_store(
 ) -> AnchorStore:
     """Makes the store in ``folder``, or completes the one that is there.
 
-    Rows without anchors get K = ``config.num_generations`` of them, drawn from the model, here or where
-    ``config.server_url`` serves it; all responses are scored here. Of a PeftModel, the model without its adapter draws
-    and scores.
+    Rows without anchors get K = ``config.num_generations`` of them, or what ``filters.py`` leaves. They are drawn from
+    the model, here or where ``config.server_url`` serves it; all responses are scored here. Of a PeftModel, the model
+    without its adapter draws and scores.
 
     Args:
         model: the initial model, from which training will start: both references, pi_r+ and pi_r-.
@@ -181,26 +210,36 @@ class _ShardMaker:
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
         with adapter_disabled(self.model):
-            examples = self.drawer.with_anchors(shard, rows, examples)
-            if self.shared is None:
-                self.shared = choose_sharing(self.model, self.decoder, examples, self.config, self.pad).on
-            scores = reference_logps(self.decoder, self.model, examples, self.config, self.pad, self.shared)
+            examples, dropped = self.drawer.with_anchors((shard,), rows, examples)
+            usable = [example for example in examples if example.anchor_ids]
+            if usable and self.shared is None:
+                self.shared = choose_sharing(self.model, self.decoder, usable, self.config, self.pad).on
+            scores = iter(reference_logps(self.decoder, self.model, usable, self.config, self.pad, bool(self.shared)))
         first = shard * self.config.sampling_batch_size
         records = []
-        for i, (row, example, logps) in enumerate(zip(rows, examples, scores, strict=True)):
+        for i, (row, example, reasons) in enumerate(zip(rows, examples, dropped, strict=True)):
+            logps = next(scores) if example.anchor_ids else []
             for response, logp in enumerate(logps):
                 if not math.isfinite(logp):
                     field = "rejected" if response == 0 else f"anchors[{response - 1}]"
                     found = f"its log-probability under the model is {logp}"
                     raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
-            records.append(store_record(first + i, row, example, logps, self.tokenizer))
+            records.append(store_record(first + i, row, example, logps, self.tokenizer, reasons))
         return pa.Table.from_pylist(records, schema=SCHEMA)
 
 
 def store_record(
-    index: int, row: Row, example: Example, logps: Sequence[float], tokenizer: PreTrainedTokenizerBase
+    index: int,
+    row: Row,
+    example: Example,
+    logps: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    dropped: Sequence[str],
 ) -> dict[str, Any]:
-    """A row of a shard (``SCHEMA``): ``example`` and its K + 1 log-probabilities in nats, the negative's first."""
+    """A row of a shard (``SCHEMA``): ``example`` and its K + 1 log-probabilities in nats, the negative's first.
+
+    ``logps`` is empty where there are no anchors.
+    """
     if row.anchors is None:
         anchors = [tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
     else:
@@ -217,11 +256,12 @@ def store_record(
         "prompt_ids": example.prompt_ids,
         "rejected_ids": example.rejected_ids,
         "anchors_ids": example.anchor_ids,
-        "rejected_ref_logp": logps[0],
+        "rejected_ref_logp": logps[0] if logps else None,
         "anchors_ref_logps": logps[1:],
         "prompt_tokens": len(example.prompt_ids),
         "rejected_tokens": len(example.rejected_ids),
         "anchors_tokens": [len(ids) for ids in example.anchor_ids],
+        "dropped": list(dropped),
     }
 
 

@@ -218,6 +218,7 @@ def _dry_run(config: D2OConfig) -> int:
 def _sample(config: D2OConfig) -> int:
     import torch
 
+    from d2o_fast.filters import counts_text
     from d2o_fast.models import load_tokenizer
     from d2o_fast.ops import choose_engine
     from d2o_fast.prepare import initial_model, open_store, read_datasets
@@ -232,10 +233,13 @@ def _sample(config: D2OConfig) -> int:
         seconds = time.perf_counter() - started
         examples = store.examples()
         anchors = [ids for example in examples for ids in example.anchor_ids]
+        dropped = store.dropped()
+        filtered = f" ({len(dropped)} draws dropped: {counts_text(dropped)})" if dropped else ""
         path = choose_engine("auto", torch.empty(0, device=model.device)).name
         print(
             f"{name}: {len(examples)} negatives of {_mean(e.rejected_ids for e in examples):.1f} tokens, "
-            f"{len(anchors)} anchors of {_mean(anchors):.1f}, prompts of {_mean(e.prompt_ids for e in examples):.1f}; "
+            f"{len(anchors)} anchors of {_mean(anchors):.1f}{filtered}, "
+            f"prompts of {_mean(e.prompt_ids for e in examples):.1f}; "
             f"scored on {model.device} ({path}); {seconds:.1f} s; {store.folder}"
         )
     return 0

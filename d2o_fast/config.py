@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +69,15 @@ class D2OConfig:
     server_concurrency: int = 16  #: prompts under way at a time
     server_timeout: float = 600.0  #: seconds for one request
 
+    # Which draws become anchors (all of them, if nothing is set here)
+    num_draws: int | None = None  #: responses drawn per prompt, of which K at most are kept; K if not given
+    drop_duplicate_anchors: bool = False  #: of equal ones the first stays
+    drop_empty_anchors: bool = False  #: those that are a stop token alone
+    drop_truncated_anchors: bool = False  #: those that ended by their length
+    max_anchor_overlap: float | None = None  #: most tokens in common with the negative, over the tokens in either
+    anchor_score: str | None = None  #: "package.module:function" or a sequence classifier; higher is better
+    min_anchor_score: float | None = None  #: anchors with a lower score are dropped
+
     # Online
     refresh_every: int = 0  #: anchors are drawn anew from the policy, their new reference, so often; 0: they stay
     refresh_strategy: Literal["steps", "epoch"] = "steps"  #: what refresh_every counts
@@ -114,6 +124,11 @@ class D2OConfig:
     resume_from_checkpoint: str | None = None  #: a checkpoint folder, or "latest"
     report_to: list[str] = field(default_factory=list)  #: "tensorboard"; metrics.jsonl is always written
 
+    @property
+    def draws(self) -> int:
+        """Responses drawn per prompt: ``num_draws``, or K."""
+        return self.num_generations if self.num_draws is None else self.num_draws
+
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "anchor_weight", "learning_rate", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
@@ -135,6 +150,30 @@ class D2OConfig:
             "0 while server_url is set: the server has the initial weights and not those of the policy in training",
         )
         _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
+        _require(
+            self.num_draws is None or self.num_draws >= self.num_generations,
+            "num_draws",
+            self.num_draws,
+            f"at least num_generations ({self.num_generations}), or nothing",
+        )
+        _require(
+            self.max_anchor_overlap is None or 0 <= self.max_anchor_overlap < 1,
+            "max_anchor_overlap",
+            self.max_anchor_overlap,
+            "a share in [0, 1), or nothing",
+        )
+        _require(
+            self.min_anchor_score is None or (self.anchor_score is not None and math.isfinite(self.min_anchor_score)),
+            "min_anchor_score",
+            self.min_anchor_score,
+            "a finite number beside anchor_score, or nothing",
+        )
+        _require(
+            self.anchor_score is None or self.min_anchor_score is not None or self.draws > self.num_generations,
+            "anchor_score",
+            self.anchor_score,
+            "beside min_anchor_score, or num_draws above num_generations: it would decide nothing",
+        )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")
         _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "a share in [0, 1)")

@@ -36,7 +36,7 @@ def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) 
     refused = [row for row, length in zip(rows, prompts, strict=True) if length > config.max_length]
     side = "start" if config.truncation_mode == "keep_end" else "end"
     lines = [
-        f"{name}: {len(rows)} negatives of {distinct} prompts; {(len(rows) - given) * config.num_generations} anchors "
+        f"{name}: {len(rows)} negatives of {distinct} prompts; {(len(rows) - given) * config.draws} anchors "
         f"to draw, {len(anchors)} given with {given} rows",
         *histogram("tokens of a prompt", prompts),
         *histogram("tokens of a negative, its end included", negatives),

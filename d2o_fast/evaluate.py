@@ -23,26 +23,26 @@ from d2o_fast.sampling import sample_responses
 Judge = Callable[[str, str], Any]
 
 
-def load_judge(name: str) -> Judge:
-    """The function that ``"package.module:function"`` names.
+def load_judge(name: str, setting: str = "judge") -> Judge:
+    """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
 
     Raises:
         D2OError: not of this form, a module that cannot be imported, or no such function in it.
     """
     module_name, colon, function = name.partition(":")
     if not (module_name and colon and function):
-        raise D2OError(f"judge is {name!r}; it must be of the form 'package.module:function'")
+        raise D2OError(f"{setting} is {name!r}; it must be of the form 'package.module:function'")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise D2OError(
-            f"judge '{name}': module '{module_name}' cannot be imported ({error}). "
+            f"{setting} '{name}': module '{module_name}' cannot be imported ({error}). "
             "It must be installed, or lie in a folder on PYTHONPATH"
         ) from error
     judge = getattr(module, function, None)
     if not callable(judge):
         found = "nothing of that name" if judge is None else f"a {type(judge).__name__}"
-        raise D2OError(f"judge '{name}': expected a function '{function}' in {module_name}, found {found}")
+        raise D2OError(f"{setting} '{name}': expected a function '{function}' in {module_name}, found {found}")
     return judge
 
 

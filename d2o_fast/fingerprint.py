@@ -1,9 +1,9 @@
 """What a stored set of anchors and reference scores depends on, as a dict of named fields.
 
 In: the model's weights and configuration, the rows, the tokenizer, truncation, the compute dtype, and how anchors are
-drawn. Each is taken by content, so that a folder may be moved or renamed. Out: whatever belongs to training (seed,
-learning rate, output folder), and what changes scores in their rounding alone (attention implementation, batch sizes
-of training, fused kernels, device).
+drawn and filtered. Each is taken by content, so that a folder may be moved or renamed. Out: whatever belongs to
+training (seed, learning rate, output folder), and what changes scores in their rounding alone (attention
+implementation, batch sizes of training, fused kernels, device).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, stop_token_ids
+from d2o_fast.filters import FunctionScorer, load_scorer
 from d2o_fast.models import base_of
-
-FORMAT = 1  #: of the files that ``anchors.py`` writes
+from d2o_fast.shards import FORMAT
 
 _SETTINGS = (
     "max_length",
@@ -33,6 +33,11 @@ _SETTINGS = (
     "top_p",
     "sampling_seed",
     "sampling_batch_size",
+    "drop_duplicate_anchors",
+    "drop_empty_anchors",
+    "drop_truncated_anchors",
+    "max_anchor_overlap",
+    "min_anchor_score",
 )
 # Keys of a model's configuration that leave its log-probabilities as they are; EOS enters by stop_token_ids.
 _NO_EFFECT = {
@@ -57,6 +62,8 @@ def expected_fingerprint(
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),
         "sampler": "generate" if config.server_url is None else "server",  # a server's draws come back as text
         **{name: getattr(config, name) for name in _SETTINGS},
+        "num_draws": None if config.draws == config.num_generations else config.draws,
+        "anchor_score": None if config.anchor_score is None else _scorer(config.anchor_score),
     }
 
 
@@ -81,6 +88,20 @@ def weights_digest(model: nn.Module) -> str:
         description = f"{name} {tensor.dtype} {tuple(tensor.shape)} "
         digests[name] = description + hashlib.sha256(content).hexdigest()
     return _digest([digests[name] for name in sorted(digests)])
+
+
+def _scorer(name: str) -> dict[str, Any]:
+    scorer = load_scorer(name, torch.device("cpu"))
+    if isinstance(scorer, FunctionScorer):
+        source = scorer.source()
+        return {"function": name, "source": None if source is None else _digest(source)}
+    return {
+        "classifier": type(scorer.model).__name__,
+        "weights": weights_digest(scorer.model),
+        "model_config": _config_digest(scorer.model.config),
+        "tokenizer": _tokenizer_digest(scorer.tokenizer),
+        "chat_template": _digest(scorer.tokenizer.chat_template),
+    }
 
 
 def _adapter_prefix(model: nn.Module) -> str | None:

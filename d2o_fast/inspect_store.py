@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2o_fast.dry_run import histogram
 from d2o_fast.errors import D2OError
+from d2o_fast.filters import counts_text, token_overlap
 from d2o_fast.shards import read_manifest, read_shard
 from d2o_fast.tokens import shortened
 
@@ -59,7 +59,8 @@ def inspect(folder: Path) -> str:
     anchors = [ids for record in records for ids in record["anchors_ids"]]
     negatives = [record["rejected_ids"] for record in records]
     sampled = sum(len(record["anchors_ids"]) for record in records if record["sampled"])
-    overlaps = [token_overlap(ids, r["rejected_ids"], ends) for r in records for ids in r["anchors_ids"]]
+    usable, lost = [r for r in records if r["anchors_ids"]], [r for r in records if not r["anchors_ids"]]
+    dropped = [reason for record in records for reason in record["dropped"]]
     settings = ("num_generations", "temperature", "top_p", "sampling_seed", "max_completion_length", "dtype")
     lines = [
         f"{folder}: {len(records)} of {manifest['num_rows']} negatives"
@@ -67,14 +68,26 @@ def inspect(folder: Path) -> str:
         ", ".join(f"{name} {fingerprint[name]}" for name in settings),
         f"{len({record['prompt'] for record in records})} prompts, {len(anchors)} anchors ({sampled} sampled, "
         f"{len(anchors) - sampled} given with the data)",
+        f"{sampled + len(dropped)} draws, of which the filters dropped {len(dropped)}"
+        + (f": {counts_text(dropped)}" if dropped else ""),
+        f"rows that lost all their anchors: {len(lost)} of {len(records)}",
+        *(f"  {r['source']}, row {r['source_row']}: {counts_text(r['dropped'])}" for r in lost),
         *histogram("tokens of a prompt", [record["prompt_tokens"] for record in records]),
         *histogram("tokens of a negative", list(map(len, negatives))),
+        _share("negatives cut by their length", sum(ids[-1] not in ends for ids in negatives), negatives),
+        *(_of_anchors(usable, anchors, ends) if anchors else []),
+    ]
+    return "\n".join(lines)
+
+
+def _of_anchors(records: list[dict[str, Any]], anchors: list[list[int]], ends: set[int]) -> list[str]:
+    overlaps = [token_overlap(ids, r["rejected_ids"], ends) for r in records for ids in r["anchors_ids"]]
+    return [
         *histogram("tokens of an anchor", list(map(len, anchors))),
         _share(
             "exact duplicates (anchors that repeat one of the same prompt and negative)", _repeats(records), anchors
         ),
         _share("anchors cut by their length (no stop token)", sum(ids[-1] not in ends for ids in anchors), anchors),
-        _share("negatives cut by their length", sum(ids[-1] not in ends for ids in negatives), negatives),
         _share("empty anchors (a stop token alone)", sum(len(ids) == 1 and ids[0] in ends for ids in anchors), anchors),
         f"log-probability under the reference, nats per token: anchors {_per_token(records, 'anchors'):.3f}, negatives "
         f"{_per_token(records, 'rejected'):.3f}",
@@ -84,7 +97,6 @@ def inspect(folder: Path) -> str:
         "samples, each with its log-probability:",
         *(line for i in sorted({0, len(records) // 2, len(records) - 1}) for line in _sample(records[i])),
     ]
-    return "\n".join(lines)
 
 
 def export(folder: Path, out: Path) -> int:
@@ -122,13 +134,6 @@ def _pairs(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             else:  # a sampled anchor is stored as its text
                 chosen = [{"role": "assistant", "content": anchor}] if record["chat"] else anchor
             yield {"prompt": read(record["prompt"]), "chosen": chosen, "rejected": read(record["rejected"])}
-
-
-def token_overlap(anchor: Sequence[int], negative: Sequence[int], ends: set[int]) -> float:
-    """Tokens in common over tokens in either, as multisets and without those that end a response: from 0 to 1."""
-    a, b = (Counter(token for token in ids if token not in ends) for ids in (anchor, negative))
-    either = (a | b).total()
-    return (a & b).total() / either if either else 1.0
 
 
 def _records(folder: Path, manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:

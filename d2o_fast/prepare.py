@@ -206,10 +206,29 @@ def open_store(
 ) -> AnchorStore:
     """The complete store of ``data``, checked against the initial ``model``; made, or completed, if it may be.
 
+    Says how many rows have lost all their anchors to the filters.
+
     Raises:
-        D2OError: it may not be made and is missing or incomplete.
+        D2OError: it may not be made and is missing or incomplete; no row has any anchors.
         FingerprintError: it was made under other conditions.
     """
+    store = _checked_store(model, tokenizer, data, config, name, may_build)
+    lost = store.lost()
+    if not store.usable:
+        raise D2OError(f"{name}: {lost}. Nothing is left; loosen the filters, or raise num_draws")
+    if lost is not None:
+        logger.warning("%s: %s", name, lost)
+    return store
+
+
+def _checked_store(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: AnchorStore | Sequence[Row],
+    config: D2OConfig,
+    name: str,
+    may_build: bool,
+) -> AnchorStore:
     if not isinstance(data, AnchorStore):
         folder = anchors_folder(config, name)
         if may_build:

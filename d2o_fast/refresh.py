@@ -14,6 +14,7 @@ K anchors of one prompt.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -37,9 +38,11 @@ from d2o_fast.order import Order
 from d2o_fast.scoring import reference_logps
 from d2o_fast.shards import SCHEMA, begin, shard_name, write_shard
 
+logger = logging.getLogger("d2o_fast")
+
 
 class Window:
-    """The anchors of one window's prompts.
+    """The anchors of one window's prompts, but for those that lost all of them to the filters.
 
     Args:
         places: the prompts' places in the data, in the order of the window's store.
@@ -48,7 +51,7 @@ class Window:
     def __init__(self, places: Sequence[int], store: AnchorStore) -> None:
         self.digest = _content_digest(Path(store.folder))
         self._examples = store.examples()
-        self._index = {place: i for i, place in enumerate(places)}
+        self._index = {places[row]: i for i, row in enumerate(store.usable)}
 
     def __contains__(self, place: int) -> bool:
         return place in self._index
@@ -99,7 +102,7 @@ class Refresher:
         """Draws and scores the anchors of the window that begins at ``step`` under the policy as it is now.
 
         Raises:
-            D2OError: a score that is not finite.
+            D2OError: a score that is not finite; no prompt keeps any anchor.
         """
         places, size = self._places(step), self.config.sampling_batch_size
         with atomic_folder(self.folder / f"step-{step}") as folder:
@@ -108,7 +111,9 @@ class Refresher:
             for shard, start in enumerate(range(0, len(places), size)):
                 records = self._drawn(step, shard, places[start : start + size])
                 write_shard(folder, shard, pa.Table.from_pylist(records, schema=SCHEMA))
-        return self.load(step)
+        window = self.load(step)
+        self._report_lost(step, places, [place for place in places if place not in window])
+        return window
 
     def load(self, step: int) -> Window:
         """The window that ``draw`` made at ``step``.
@@ -132,18 +137,31 @@ class Refresher:
     def _drawn(self, step: int, shard: int, places: Sequence[int]) -> list[dict[str, Any]]:
         rows, known = [self.rows[i] for i in places], [self.examples[i] for i in places]
         bare = [replace(example, anchor_ids=[], ref_logps=[]) for example in known]
-        drawn = self.drawer.with_anchors(f"refresh {step} {shard}", rows, bare)
-        pad = pad_token_id(self.tokenizer)
-        scores = reference_logps(self.decoder, self.model, drawn, self.config, pad, self.shared)
+        drawn, dropped = self.drawer.with_anchors(("refresh", step, shard), rows, bare)
+        pad, usable = pad_token_id(self.tokenizer), [example for example in drawn if example.anchor_ids]
+        scores = iter(reference_logps(self.decoder, self.model, usable, self.config, pad, self.shared))
         first, records = shard * self.config.sampling_batch_size, []
-        for i, (row, old, new, (_, *logps)) in enumerate(zip(rows, known, drawn, scores, strict=True)):
+        for i, (row, old, new, reasons) in enumerate(zip(rows, known, drawn, dropped, strict=True)):
+            logps = next(scores)[1:] if new.anchor_ids else []
             if not all(map(math.isfinite, logps)):
                 raise D2OError(
                     f"step {step}: the anchors drawn anew for {row.source}, row {row.index}, have log-probabilities of "
                     f"{logps}. Lower learning_rate, or try dtype float32"
                 )
-            records.append(store_record(first + i, row, new, [old.ref_logps[0], *logps], self.tokenizer))
+            scored = [old.ref_logps[0], *logps] if logps else []
+            records.append(store_record(first + i, row, new, scored, self.tokenizer, reasons))
         return records
+
+    def _report_lost(self, step: int, places: Sequence[int], lost: Sequence[int]) -> None:
+        if not lost:
+            return
+        if len(lost) == len(places):
+            raise D2OError(f"step {step}: the filters leave none of the {len(places)} prompts an anchor. Loosen them")
+        first = f"{self.rows[lost[0]].source}, row {self.rows[lost[0]].index}"
+        text = (
+            "step %d: %d of %d prompts, the first %s, lost all new anchors to the filters and keep those of the store"
+        )
+        logger.warning(text, step, len(lost), len(places), first)
 
 
 def _content_digest(folder: Path) -> str:

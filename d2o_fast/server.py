@@ -60,13 +60,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw; as ``sample_responses`` takes it. ``seed`` is ``sampling_seed`` and the shard."""
+    """How to draw; as ``sample_responses`` takes it. ``seed`` is ``sampling_seed`` and what follows it (the shard)."""
 
     max_new_tokens: int
     temperature: float
     top_p: float
     eos_token_ids: tuple[int, ...]
-    seed: tuple[int, int]
+    seed: tuple[int | str, ...]
 
 
 class _Passing(Exception):
@@ -240,9 +240,9 @@ class ServerSampler:
         return [_draw(choice) for choice in choices]
 
 
-def request_seed(sampling_seed: int, shard: int, row: int, draw: int) -> int:
-    """53 bits, which every JSON reader keeps. ``row`` counts within the shard; it is -1 for the probe."""
-    digest = hashlib.sha256(f"{sampling_seed} {shard} {row} {draw}".encode()).digest()
+def request_seed(*parts: int | str) -> int:
+    """53 bits, which every JSON reader keeps: of ``sampling_seed``, shard, row within it (-1 for the probe), draw."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 11
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from d2o_fast.errors import D2OError
 
+FORMAT = 2  #: of these files; a part of the fingerprint
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),  # place in the data, from 0
@@ -34,11 +35,12 @@ SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("rejected_ids", pa.list_(pa.int32())),
         ("anchors_ids", pa.list_(pa.list_(pa.int32()))),
-        ("rejected_ref_logp", pa.float32()),  # log ref+, summed over the response, nats
+        ("rejected_ref_logp", pa.float32()),  # log ref+, summed over the response, nats; null without anchors
         ("anchors_ref_logps", pa.list_(pa.float32())),  # log ref- of each anchor
         ("prompt_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),
         ("anchors_tokens", pa.list_(pa.int32())),
+        ("dropped", pa.list_(pa.string())),  # why each draw that is no anchor is none (``filters.REASONS``)
     ]
 )
 
@@ -75,13 +77,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest)
+        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest) and "format" in manifest["fingerprint"]
     except FileNotFoundError as error:
         raise D2OError(f"{folder}: no manifest.json; this is not a folder that `d2o sample` made") from error
     except ValueError as error:
         raise D2OError(f"{folder}/manifest.json is damaged ({error}); remove the folder and sample again") from error
     if not complete:
         raise D2OError(f"{folder}/manifest.json is not a manifest of anchors; remove the folder and sample again")
+    if manifest["fingerprint"]["format"] != FORMAT:
+        raise D2OError(
+            f"{folder}: its files have format {manifest['fingerprint']['format']}, and this version of d2o-fast reads "
+            f"format {FORMAT}. Choose another anchors_dir to make new ones, or use the version that made them"
+        )
     return manifest
 
 
@@ -109,15 +116,28 @@ def read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | Non
     if hashlib.sha256(data).hexdigest() != expected:
         raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {fix}")
     table = pq.read_table(pa.BufferReader(data), schema=SCHEMA)
-    size, k = manifest["fingerprint"]["sampling_batch_size"], manifest["fingerprint"]["num_generations"]
+    fingerprint = manifest["fingerprint"]
+    size, k = fingerprint["sampling_batch_size"], fingerprint["num_generations"]
+    draws = fingerprint["num_draws"] or k
     rows = list(range(i * size, min((i + 1) * size, manifest["num_rows"])))
     if table["row"].to_pylist() != rows:
         raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {fix}")
-    counts = ("anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
+    counts = ("dropped", "anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
     columns = [table[name].combine_chunks().value_lengths().to_pylist() for name in counts]
-    for row, sampled, *lengths in zip(rows, table["sampled"].to_pylist(), *columns, strict=True):
-        if len(set(lengths)) != 1 or lengths[0] < 1 or (sampled and lengths[0] != k):
-            raise D2OError(f"{path}, row {row}: {lengths[0]} anchors and {lengths[2]} scores instead of {k}; {fix}")
+    scored = table["rejected_ref_logp"].is_valid().to_pylist()
+    for row, sampled, has_score, dropped, *lengths in zip(
+        rows, table["sampled"].to_pylist(), scored, *columns, strict=True
+    ):
+        wanted = sampled and lengths[0] <= k and lengths[0] + dropped == draws
+        given = not sampled and lengths[0] >= 1 and dropped == 0
+        if len(set(lengths)) != 1 or not (wanted or given):
+            found = f"{lengths[0]} anchors, {lengths[2]} scores and {dropped} dropped draws"
+            raise D2OError(f"{path}, row {row}: {found}, of {draws} draws for {k} anchors; {fix}")
+        if has_score != (lengths[0] > 0):
+            raise D2OError(
+                f"{path}, row {row}: {lengths[0]} anchors, but {'a' if has_score else 'no'} score of the "
+                f"negative; {fix}"
+            )
     return table
 
 

@@ -282,7 +282,9 @@ class D2OTrainer:
         if name not in self.examples and data is not None:
             store = open_store(self.model, self.tokenizer, data, self.args, name, may_build=resumed is None)
             self.stores[name], self.examples[name] = store, store.examples()
-            self.rows[name] = store.rows() if isinstance(data, AnchorStore) else data
+            rows = store.rows() if isinstance(data, AnchorStore) else data
+            # Held-out prompts without anchors can still be judged.
+            self.rows[name] = rows if name == "eval" else [rows[i] for i in store.usable]
         self.examples.setdefault(name, [])
         if name == "train":
             self.order = Order(self.args, len(self.examples[name]))

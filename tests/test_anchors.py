@@ -97,10 +97,13 @@ def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path):
         max_new_tokens=12,
         eos_token_ids=[2],
         pad_token_id=0,
-        seed=drawing_module._shard_seed(5, 1),
+        seed=drawing_module.draw_seed(5, 1),
     )
     assert [example.anchor_ids for example in examples[4:8]] == drawn
-    assert len({drawing_module._shard_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81
+    assert len({drawing_module.draw_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81
+    assert drawing_module.draw_seed(5, 1) == 0x194FCCC2A32573, (
+        "stores that are there are completed with their own seeds"
+    )
 
 
 def test_scores_do_not_depend_on_the_batch(monkeypatch):
@@ -389,7 +392,10 @@ def test_fewer_anchors_than_k_are_not_read(tmp_path):
     manifest = shards_module.read_manifest(tmp_path / "s")
     table = pq.read_table(tmp_path / "s" / "shard-00001.parquet", schema=shards_module.SCHEMA).to_pylist()
     names = ("anchors", "anchors_ids", "anchors_ref_logps", "anchors_tokens")
-    for cut, message in ((names, "row 6: 2 anchors and 2 scores instead of 3"), (names[2:3], "3 anchors and 2 scores")):
+    for cut, message in (
+        (names, "row 6: 2 anchors, 2 scores and 0 dropped draws, of 3 draws"),
+        (names[2:3], "3 anchors, 2 scores"),
+    ):
         records = copy.deepcopy(table)
         for name in cut:
             records[2][name] = records[2][name][:2]

@@ -14,7 +14,8 @@ from tiny import tiny_rows
 
 from d2o_fast import shards
 from d2o_fast.errors import D2OError
-from d2o_fast.inspect_store import export, inspect, main, token_overlap
+from d2o_fast.filters import token_overlap
+from d2o_fast.inspect_store import export, inspect, main
 
 
 def rewritten(folder: Path, **columns: Any) -> None:
