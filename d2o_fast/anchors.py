@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, tokenize_rows
-from d2o_fast.drawing import Drawer
+from d2o_fast.drawing import Drawer, instructed
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
 from d2o_fast.models import decoder_of, pad_token_id, refuse_moving_positions
@@ -168,6 +168,9 @@ def build_store(
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
     examples = tokenize_rows(rows, tokenizer, config)
+    if config.sampling_instruction is not None:
+        for _ in instructed([row for row in rows if row.anchors is None], tokenizer, config):
+            pass  # what cannot be drawn is said before the first draw
     fingerprint = expected_fingerprint(model, tokenizer, rows, config)
     size = config.sampling_batch_size
     folder.mkdir(parents=True, exist_ok=True)

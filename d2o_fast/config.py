@@ -64,6 +64,7 @@ class D2OConfig:
     top_p: float = 1.0
     sampling_seed: int = 0  #: seeds the anchors and nothing else
     sampling_batch_size: int = 16  #: prompts per shard, each of which is drawn and scored together
+    sampling_instruction: str | None = None  #: a system message or a text with {prompt}, only while anchors are drawn
     server_url: str | None = None  #: anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1
     server_model: str | None = None  #: name under which the server serves it; model_name_or_path if not given
     server_concurrency: int = 16  #: prompts under way at a time
@@ -150,6 +151,7 @@ class D2OConfig:
             "0 while server_url is set: the server has the initial weights and not those of the policy in training",
         )
         _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
+        _require(self.sampling_instruction != "", "sampling_instruction", "", "a text, or nothing")
         _require(
             self.num_draws is None or self.num_draws >= self.num_generations,
             "num_draws",

@@ -1,6 +1,7 @@
 """Anchors for rows that have none: responses that the model writes itself, in this process or on a server.
 
-How many of the draws are kept, and which: ``filters.py``.
+How many of the draws are kept, and which: ``filters.py``. With ``sampling_instruction`` the model reads an instruction
+too while it draws; the anchors then stand behind the bare prompt, as any response.
 
 K anchors of one prompt.
 """
@@ -8,7 +9,7 @@ K anchors of one prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -17,11 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row
+from d2o_fast.errors import DataError
 from d2o_fast.filters import AnchorFilter
 from d2o_fast.models import autocast, base_of, pad_token_id
 from d2o_fast.sampling import sample_responses
 from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
-from d2o_fast.tokens import encode_rows, tokenize_drawn
+from d2o_fast.tokens import encode_prompts, tokenize_drawn
+
+PLACE = "{prompt}"  #: where an instruction wants the prompt
 
 #: What decides draws together with ``sampling_seed``: ``(shard,)`` of a store, ``("refresh", step, batch)`` later on.
 Seed = tuple[int | str, ...]
@@ -58,7 +62,7 @@ class Drawer:
         wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
         wanted_rows, wanted_examples = [rows[i] for i in wanted], [examples[i] for i in wanted]
         if self.server is None:
-            drawn = self._drawn_here(seed, wanted_examples)
+            drawn = self._drawn_here(seed, wanted_rows, wanted_examples)
         else:
             drawn = self._drawn_there(self.server, seed, wanted_rows, wanted_examples)
         filled, dropped = list(examples), [list[str]() for _ in examples]
@@ -66,12 +70,15 @@ class Drawer:
             filled[i], dropped[i] = replace(examples[i], anchor_ids=filtered.anchors), filtered.dropped
         return filled, dropped
 
-    def _drawn_here(self, seed: Seed, examples: Sequence[Example]) -> list[list[list[int]]]:
+    def _drawn_here(self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]) -> list[list[list[int]]]:
         config, base = self.config, base_of(self.model)
+        prompts = [example.prompt_ids for example in examples]
+        if config.sampling_instruction is not None:
+            prompts = [ids for _, ids in instructed(rows, self.tokenizer, config)]
         with autocast(config, base.device):
             return sample_responses(
                 base,
-                [example.prompt_ids for example in examples],
+                prompts,
                 config.draws,
                 max_new_tokens=config.max_completion_length,
                 temperature=config.temperature,
@@ -85,11 +92,11 @@ class Drawer:
         self, server: ServerSampler, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]
     ) -> list[list[list[int]]]:
         config = self.config
-        prompts = []
-        for row, example, (whole, *_) in zip(rows, examples, encode_rows(rows, self.tokenizer), strict=True):
-            cut = whole != example.prompt_ids
-            place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
-            prompts.append(ServerPrompt(example.prompt_ids if cut else row.prompt, len(example.prompt_ids), place))
+        if config.sampling_instruction is not None:
+            read = instructed(rows, self.tokenizer, config)
+            prompts = [ServerPrompt(row.prompt, len(ids), f"{row.source}, row {row.index}") for row, ids in read]
+        else:
+            prompts = list(self._server_prompts(rows, examples))
         how = Sampling(
             max_new_tokens=config.max_completion_length,
             temperature=config.temperature,
@@ -100,6 +107,61 @@ class Drawer:
         draws = server.sample(prompts, config.draws, how)
         texts = [[(draw.text, draw.ended) for draw in of_prompt] for of_prompt in draws]
         return tokenize_drawn(rows, texts, self.tokenizer, config, self.stops)
+
+    def _server_prompts(self, rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[ServerPrompt]:
+        for row, example, whole in zip(rows, examples, encode_prompts(rows, self.tokenizer), strict=True):
+            cut = whole != example.prompt_ids
+            place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
+            yield ServerPrompt(example.prompt_ids if cut else row.prompt, len(example.prompt_ids), place)
+
+
+def instructed(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig
+) -> Iterator[tuple[Row, list[int]]]:
+    """Each row with ``config.sampling_instruction`` around its prompt, and the token ids of that prompt.
+
+    Raises:
+        DataError: a prompt that the instruction cannot be put around, or that would have to be cut.
+    """
+    limit = config.max_length - config.max_completion_length
+    wrapped = [_wrapped(row, str(config.sampling_instruction)) for row in rows]
+    encoded = encode_prompts(wrapped, tokenizer)
+    for row, instructed_row, bare in zip(rows, wrapped, encode_prompts(rows, tokenizer), strict=True):
+        try:
+            ids = next(encoded)
+        except DataError as error:
+            found = f"with sampling_instruction {error.found}"
+            fix = f"If the template has no system role, put {PLACE} into the instruction: it then goes to the user"
+            raise DataError(row.source, row.index, "prompt", found, fix) from error
+        if ids == bare:
+            found = "the chat template leaves sampling_instruction out"
+            fix = f"Put {PLACE} into the instruction: it then goes into the user's message"
+            raise DataError(row.source, row.index, "prompt", found, fix)
+        if len(ids) > limit:
+            found = f"with sampling_instruction it has {len(ids)} tokens, and max_length would cut it to {limit}"
+            raise DataError(row.source, row.index, "prompt", found, "Raise max_length, or shorten one of the two")
+        yield instructed_row, ids
+
+
+def _wrapped(row: Row, instruction: str) -> Row:
+    if isinstance(row.prompt, str):
+        if PLACE not in instruction:
+            found = f"a plain text, and sampling_instruction has no {PLACE} where it could stand"
+            raise DataError(row.source, row.index, "prompt", found, f"Put {PLACE} into sampling_instruction")
+        return replace(row, prompt=instruction.replace(PLACE, row.prompt))
+    messages = list(row.prompt)
+    if PLACE in instruction:
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not asked:
+            found = f"no message of the user that could stand at sampling_instruction's {PLACE}"
+            raise DataError(row.source, row.index, "prompt", found, f"Leave {PLACE} out: it is then a system message")
+        content = instruction.replace(PLACE, messages[asked[-1]]["content"])
+        messages[asked[-1]] = {**messages[asked[-1]], "content": content}
+    elif messages[0]["role"] in ("system", "developer"):
+        messages[0] = {**messages[0], "content": f"{instruction}\n\n{messages[0]['content']}"}
+    else:
+        messages.insert(0, {"role": "system", "content": instruction})
+    return replace(row, prompt=messages)
 
 
 def draw_seed(*parts: int | str) -> int:

@@ -238,6 +238,16 @@ def load_scorer(name: str, device: torch.device) -> Scorer:
 # --- What is said of it ------------------------------------------------------------------------------------------
 
 
+def settings_text(config: D2OConfig) -> str:
+    """The filters that are on, by their settings; empty if none is."""
+    names = (
+        *("num_draws", "drop_duplicate_anchors", "drop_empty_anchors", "drop_truncated_anchors"),
+        *("max_anchor_overlap", "anchor_score", "min_anchor_score"),
+    )
+    settings = {name: getattr(config, name) for name in names}
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
+
+
 def counts_text(dropped: Sequence[str]) -> str:
     """``3 duplicate, 1 empty``, in the order of ``REASONS``; empty if nothing was dropped."""
     counts = Counter(dropped)

@@ -33,6 +33,7 @@ _SETTINGS = (
     "top_p",
     "sampling_seed",
     "sampling_batch_size",
+    "sampling_instruction",
     "drop_duplicate_anchors",
     "drop_empty_anchors",
     "drop_truncated_anchors",

@@ -66,6 +66,7 @@ def inspect(folder: Path) -> str:
         f"{folder}: {len(records)} of {manifest['num_rows']} negatives"
         + (f"; {missing} of {manifest['num_shards']} shards are missing" if missing else ""),
         ", ".join(f"{name} {fingerprint[name]}" for name in settings),
+        *([f"sampling_instruction {instruction!r}"] if (instruction := fingerprint["sampling_instruction"]) else []),
         f"{len({record['prompt'] for record in records})} prompts, {len(anchors)} anchors ({sampled} sampled, "
         f"{len(anchors) - sampled} given with the data)",
         f"{sampled + len(dropped)} draws, of which the filters dropped {len(dropped)}"

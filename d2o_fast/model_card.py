@@ -11,6 +11,7 @@ import yaml
 
 from d2o_fast.checkpoint import TrainerState
 from d2o_fast.config import D2OConfig
+from d2o_fast.filters import settings_text
 
 _PACKAGES = ("d2o-fast", "torch", "transformers", "peft", "tokenizers")
 
@@ -49,7 +50,9 @@ def model_card(
         "Training data": data["train"],
         "Held-out data": data.get("eval", "none"),
         "Anchors": f"sampled from the base model at temperature {config.temperature:g}, top_p {config.top_p:g}, seed "
-        f"{config.sampling_seed}, where the data brought none of their own",
+        f"{config.sampling_seed}, where the data brought none of their own"
+        + (f"; filtered: {filters}" if (filters := settings_text(config)) else "")
+        + (f"; drawn under the instruction {config.sampling_instruction!r}" if config.sampling_instruction else ""),
         "References": f"{reference}, for anchors and negatives alike; scored once",
         "Loss": f"D2O, alpha = {config.alpha:g}, beta = {config.beta:g}, anchor_weight = {config.anchor_weight:g}"
         + (" (an addition to the paper's loss)" if config.anchor_weight else ""),

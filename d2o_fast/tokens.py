@@ -74,6 +74,16 @@ def encode_rows(
     yield from map(encoder.encode, rows)
 
 
+def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The prompt's ids of each row as ``encode_rows`` gives them, nothing cut.
+
+    Raises:
+        DataError: messages that the chat template refuses.
+    """
+    encoder = _Encoder(tokenizer)
+    yield from map(encoder.prompt, rows)
+
+
 def tokenize_drawn(
     rows: Sequence[Row],
     drawn: Sequence[Sequence[tuple[str, bool]]],
@@ -165,6 +175,11 @@ class _Encoder:
                 raise DataError(row.source, row.index, field, "the tokenizer makes no tokens of it", "Remove the row")
             out.append(response)
         return prompt_ids, out, merged
+
+    def prompt(self, row: Row) -> list[int]:
+        """Ids of the row's prompt."""
+        chat = not isinstance(row.prompt, str)
+        return self._split(self._render(row, [])[0] if chat else str(row.prompt), [], chat)[0]
 
     def continuations(self, row: Row, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as it stands behind the row's prompt: no template and no end put to it."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from serving import Proxy, free_port, transformers_serve
-from test_anchors import contents
+from test_anchors import contents, naive_logp
 from test_sampling import chi_square_excess, next_token, peaked_model
 from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
@@ -409,6 +409,50 @@ def test_filters_stand_behind_a_server_too(served: Any, tmp_path: Path) -> None:
     for example, drawn in zip(store.examples(), plain, strict=True):
         assert example.anchor_ids == [list(ids) for ids in dict.fromkeys(map(tuple, drawn.anchor_ids))][:30]
     assert store.dropped().count("duplicate") > 0
+
+
+def test_an_instruction_is_sent_and_not_stored(served: Any, tmp_path: Path) -> None:
+    """The wrapped prompt goes to the server, its tokens are counted, and texts are tokenised behind the bare one.
+
+    With a tokenizer that puts a space before every text it makes a difference behind which.
+    """
+    url, _ = served
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer(prefix_space=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows, before, after = rows_from(tiny_rows(3), "memory"), "go to ", " to "
+    with Proxy(url, like_vllm=True) as proxy:
+        config = store_config(proxy.url, tmp_path, "model", num_generations=20)
+        config = replace(config, sampling_instruction=before + "{prompt}" + after)
+        store = build_store(tiny_model(), tokenizer, rows, config, tmp_path / "s")
+        sent = [e for e in proxy.log if e["body"]["max_tokens"] == 12]
+    differences = 0
+    for row, example, entry in zip(rows, store.examples(), sent, strict=True):
+        bare = tokenize_rows([row], tokenizer, config)[0].prompt_ids
+        assert example.prompt_ids == bare
+        asked = replace(row, prompt=f"{before}{row.prompt}{after}")
+        assert entry["body"]["prompt"] == asked.prompt
+        draws = [(text, ids[-1] == 2) for text, ids in zip(entry["texts"], example.anchor_ids, strict=True)]
+        assert example.anchor_ids == tokenize_drawn([row], [draws], tokenizer, config, [2])[0]
+        differences += example.anchor_ids != tokenize_drawn([asked], [draws], tokenizer, config, [2])[0]
+        for response, logp in zip(example.responses(), example.ref_logps, strict=True):
+            assert logp == pytest.approx(naive_logp(tiny_model(), bare, response), abs=2e-4)
+    assert differences > 0
+
+
+def test_an_instruction_to_a_chat_is_a_message(served: Any, tmp_path: Path) -> None:
+    url, folder = served
+    user = [{"role": "user", "content": "how?"}]
+    records = [{"prompt": user, "rejected": [{"role": "assistant", "content": "go away"}]}]
+    with Proxy(url, like_vllm=True) as proxy:
+        config = store_config(proxy.url, folder, "chat", sampling_instruction="be kind")
+        store = build(tmp_path / "s", config, records, chat=True)
+        assert proxy.log[-1]["body"]["messages"] == [{"role": "system", "content": "be kind"}, *user]
+    (bare,) = tokenize_rows(rows_from(records), tiny_tokenizer(chat=True), config)
+    (example,) = store.examples()
+    assert example.prompt_ids == bare.prompt_ids
+    for response, logp in zip(example.responses(), example.ref_logps, strict=True):
+        assert logp == pytest.approx(naive_logp(tiny_model(chat=True), bare.prompt_ids, response), abs=2e-4)
 
 
 # --- Text to tokens ----------------------------------------------------------------------------------------------
