@@ -21,16 +21,15 @@ import pyarrow as pa
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from d2o_fast.adapters import as_initial
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, tokenize_rows
 from d2o_fast.drawing import Drawer, instructed
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
-from d2o_fast.models import decoder_of, pad_token_id, refuse_moving_positions
-from d2o_fast.scoring import adapter_disabled, reference_logps, refuse_trained_adapter
+from d2o_fast.references import References, reference_names
 from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
-from d2o_fast.sharing import choose_sharing
 
 __all__ = ["AnchorStore", "build_store", "expected_fingerprint"]
 
@@ -151,18 +150,19 @@ def build_store(
     """Makes the store in ``folder``, or completes the one that is there.
 
     Rows without anchors get K = ``config.num_generations`` of them, or what ``filters.py`` leaves. They are drawn from
-    the model, here or where ``config.server_url`` serves it; all responses are scored here. Of a PeftModel, the model
-    without its adapter draws and scores.
+    the model, here or where ``config.server_url`` serves it; all responses are scored here, by the models of
+    ``references.py``.
 
     Args:
-        model: the initial model, from which training will start: both references, pi_r+ and pi_r-.
+        model: the initial model, from which training will start. It draws; it scores too, unless ``config`` names
+            references. Of a PeftModel, ``adapters.as_initial`` says what that is.
         progress: called as ``progress(rows done, rows in all)`` after each shard, and once at the start.
 
     Raises:
         FingerprintError: the folder holds anchors made under other conditions.
         DataError: rows that cannot be used, all of them checked before the first is sampled.
         D2OError: another process at work in the folder, a damaged shard, fewer responses than asked for, a score that
-            is not finite, an adapter that is already trained, a server that cannot be sampled from.
+            is not finite, a reference that does not fit, a server that cannot be sampled from.
     """
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
@@ -171,13 +171,13 @@ def build_store(
     if config.sampling_instruction is not None:
         for _ in instructed([row for row in rows if row.anchors is None], tokenizer, config):
             pass  # what cannot be drawn is said before the first draw
-    fingerprint = expected_fingerprint(model, tokenizer, rows, config)
+    references = References(model, tokenizer, config)
+    fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
     size = config.sampling_batch_size
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        manifest = begin(
-            folder, {"fingerprint": fingerprint, "num_rows": len(rows), "num_shards": -(-len(rows) // size)}
-        )
+        counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // size)}
+        manifest = begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
         AnchorStore(str(folder), manifest, []).check(fingerprint)
         shards = [read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
         done = sum(shard.num_rows for shard in shards if shard is not None)
@@ -187,7 +187,7 @@ def build_store(
         for i, shard in enumerate(shards):
             if shard is not None:
                 continue
-            maker = maker or _ShardMaker(model, tokenizer, config, fingerprint["stop_token_ids"])
+            maker = maker or _ShardMaker(references, fingerprint["stop_token_ids"])
             part = slice(i * size, (i + 1) * size)
             table = maker.make(i, rows[part], examples[part])
             write_shard(folder, i, table)
@@ -201,23 +201,16 @@ def build_store(
 class _ShardMaker:
     """Draws and scores the rows of one shard at a time."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: D2OConfig, stops: list[int]) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.pad = pad_token_id(tokenizer)
-        self.drawer = Drawer(model, tokenizer, config, stops)
-        refuse_trained_adapter(model)
-        refuse_moving_positions(model, config)
-        with adapter_disabled(model):
-            self.decoder = decoder_of(model)
-        self.shared: bool | None = None  # not known before there are responses to try it on
+    def __init__(self, references: References, stops: list[int]) -> None:
+        self.references, self.tokenizer, self.config = references, references.tokenizer, references.config
+        self.drawer = Drawer(references.model, self.tokenizer, self.config, stops)
+        references.prepare()
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
-        with adapter_disabled(self.model):
+        with as_initial(self.references.model):
             examples, dropped = self.drawer.with_anchors((shard,), rows, examples)
-            usable = [example for example in examples if example.anchor_ids]
-            if usable and self.shared is None:
-                self.shared = choose_sharing(self.model, self.decoder, usable, self.config, self.pad).on
-            scores = iter(reference_logps(self.decoder, self.model, usable, self.config, self.pad, bool(self.shared)))
+        usable = [example for example in examples if example.anchor_ids]
+        scores = iter(self.references.score(usable) if usable else [])
         first = shard * self.config.sampling_batch_size
         records = []
         for i, (row, example, reasons) in enumerate(zip(rows, examples, dropped, strict=True)):
@@ -225,8 +218,8 @@ class _ShardMaker:
             for response, logp in enumerate(logps):
                 if not math.isfinite(logp):
                     field = "rejected" if response == 0 else f"anchors[{response - 1}]"
-                    found = f"its log-probability under the model is {logp}"
-                    raise DataError(row.source, row.index, field, found, "Check the model's weights, or try float32")
+                    found = f"its log-probability under its reference is {logp}"
+                    raise DataError(row.source, row.index, field, found, "Check that model's weights, or try float32")
             records.append(store_record(first + i, row, example, logps, self.tokenizer, reasons))
         return pa.Table.from_pylist(records, schema=SCHEMA)
 

@@ -69,16 +69,20 @@ class PackedBatch:
         )
 
 
-def pack(examples: Sequence[Example], pad_token_id: int) -> PackedBatch:
+def pack(examples: Sequence[Example], pad_token_id: int, min_anchors: int = 1) -> PackedBatch:
     """One row ``prompt + response`` for every response, and where its response tokens are predicted.
 
     Padding on the right needs no attention mask: causal attention never looks at it from a real token.
 
+    Args:
+        min_anchors: fewest anchors of an example; 0 where responses are scored and no loss is computed.
+
     Raises:
-        ValueError: no example, an empty prompt or response, an example without anchors, scores for some of them only.
+        ValueError: no example, an empty prompt or response, an example with fewer anchors, scores for some of them
+            only.
     """
     rows = [(example.prompt_ids, response) for example in examples for response in example.responses()]
-    common = _common(examples)
+    common = _common(examples, min_anchors)
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     predict_index: list[int] = []
@@ -89,16 +93,17 @@ def pack(examples: Sequence[Example], pad_token_id: int) -> PackedBatch:
     return PackedBatch(input_ids=input_ids, predict_index=torch.tensor(predict_index), **common)
 
 
-def pack_shared(examples: Sequence[Example], watch: bool = False) -> PackedBatch:
+def pack_shared(examples: Sequence[Example], watch: bool = False, min_anchors: int = 1) -> PackedBatch:
     """All prompts and then all responses as one row (``packing.py``).
 
     Args:
         watch: the row notes every attention call.
+        min_anchors: as ``pack``.
 
     Raises:
         ValueError: as ``pack``.
     """
-    common = _common(examples)
+    common = _common(examples, min_anchors)
     row = SharedRow(
         tuple(len(example.prompt_ids) for example in examples),
         tuple(tuple(len(response) for response in example.responses()) for example in examples),
@@ -114,8 +119,9 @@ def pack_shared(examples: Sequence[Example], watch: bool = False) -> PackedBatch
     )
 
 
-def _common(examples: Sequence[Example]) -> dict[str, Any]:
-    layout = ResponseLayout.from_lengths([[len(response) for response in e.responses()] for e in examples])
+def _common(examples: Sequence[Example], min_anchors: int) -> dict[str, Any]:
+    lengths = [[len(response) for response in example.responses()] for example in examples]
+    layout = ResponseLayout.from_lengths(lengths, min_anchors=min_anchors)
     if any(not example.prompt_ids for example in examples):
         raise ValueError("an empty prompt has no position that predicts the first response token")
     ref_logps = [logp for example in examples for logp in example.ref_logps]

@@ -69,6 +69,9 @@ class D2OConfig:
     server_model: str | None = None  #: name under which the server serves it; model_name_or_path if not given
     server_concurrency: int = 16  #: prompts under way at a time
     server_timeout: float = 600.0  #: seconds for one request
+    ref_model: str | None = None  #: folder or hub name of the reference that scores; the initial model if not given
+    ref_model_neg: str | None = None  #: the same for anchors alone: pi_r-
+    ref_model_pos: str | None = None  #: the same for negatives alone: pi_r+
 
     # Which draws become anchors (all of them, if nothing is set here)
     num_draws: int | None = None  #: responses drawn per prompt, of which K at most are kept; K if not given
@@ -175,6 +178,14 @@ class D2OConfig:
             "anchor_score",
             self.anchor_score,
             "beside min_anchor_score, or num_draws above num_generations: it would decide nothing",
+        )
+        for name in ("ref_model", "ref_model_neg", "ref_model_pos"):
+            _require(getattr(self, name) != "", name, "", "a folder, a hub name, or left out")
+        _require(
+            self.ref_model is None or (self.ref_model_neg is None and self.ref_model_pos is None),
+            "ref_model",
+            self.ref_model,
+            "left out where ref_model_neg or ref_model_pos is set (it stands for both)",
         )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")

@@ -14,6 +14,7 @@ from typing import Any
 from d2o_fast.dry_run import histogram
 from d2o_fast.errors import D2OError
 from d2o_fast.filters import counts_text, token_overlap
+from d2o_fast.references import describe_references
 from d2o_fast.shards import read_manifest, read_shard
 from d2o_fast.tokens import shortened
 
@@ -67,6 +68,7 @@ def inspect(folder: Path) -> str:
         + (f"; {missing} of {manifest['num_shards']} shards are missing" if missing else ""),
         ", ".join(f"{name} {fingerprint[name]}" for name in settings),
         *([f"sampling_instruction {instruction!r}"] if (instruction := fingerprint["sampling_instruction"]) else []),
+        f"references: {describe_references(fingerprint, manifest['references'])}",
         f"{len({record['prompt'] for record in records})} prompts, {len(anchors)} anchors ({sampled} sampled, "
         f"{len(anchors) - sampled} given with the data)",
         f"{sampled + len(dropped)} draws, of which the filters dropped {len(dropped)}"

@@ -28,7 +28,13 @@ def versions() -> dict[str, str]:
 
 
 def model_card(
-    config: D2OConfig, state: TrainerState, data: Mapping[str, str], is_adapter: bool, path: str, attention: str
+    config: D2OConfig,
+    state: TrainerState,
+    data: Mapping[str, str],
+    is_adapter: bool,
+    path: str,
+    attention: str,
+    references: str,
 ) -> str:
     """The card's text.
 
@@ -36,6 +42,7 @@ def model_card(
         data: what "train" and "eval" data were, in words; "eval" may be missing.
         path: which path computed the loss.
         attention: how the transformer attended in training.
+        references: which models scored.
     """
     name = config.model_name_or_path or "a model built in code"
     header: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "tags": ["d2o", "alignment"]}
@@ -43,7 +50,6 @@ def model_card(
         header["base_model"] = config.model_name_or_path
     compute = "fp32" if config.dtype == "float32" else "bf16 compute over fp32 master weights"
     trained = "an adapter (`adapter_config.json`)" if is_adapter else "all weights, stored in fp32"
-    reference = "the model with its adapter disabled" if is_adapter else "the model before training"
     rows = {
         "Base model": f"`{name}`",
         "Trained": trained,
@@ -53,7 +59,7 @@ def model_card(
         f"{config.sampling_seed}, where the data brought none of their own"
         + (f"; filtered: {filters}" if (filters := settings_text(config)) else "")
         + (f"; drawn under the instruction {config.sampling_instruction!r}" if config.sampling_instruction else ""),
-        "References": f"{reference}, for anchors and negatives alike; scored once",
+        "References": f"{references}; scored once, before training",
         "Loss": f"D2O, alpha = {config.alpha:g}, beta = {config.beta:g}, anchor_weight = {config.anchor_weight:g}"
         + (" (an addition to the paper's loss)" if config.anchor_weight else ""),
         "Optimisation": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type} schedule, "
@@ -73,24 +79,24 @@ def model_card(
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         "## Metrics at the end\n\n| metric | value |\n|---|---|\n"
         + "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items()),
-        f"## Loading\n\n```python\n{_loading(name, is_adapter)}\n```",
+        f"## Loading\n\n```python\n{_loading(is_adapter)}\n```",
         "All settings are in `d2o_config.yaml`. The metrics on the way are in `metrics.jsonl` where the model was "
         "trained. Whether it is harmless enough for a use was not judged here beyond what is stated above.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(name: str, is_adapter: bool) -> str:
+def _loading(is_adapter: bool) -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file lies',
     ]
     if is_adapter:
-        lines.insert(0, "from peft import PeftModel")
+        lines.insert(0, "from peft import PeftConfig, PeftModel")
         lines += [
-            f"base = AutoModelForCausalLM.from_pretrained({name!r})",
-            "model = PeftModel.from_pretrained(base, folder)",
+            "base = PeftConfig.from_pretrained(folder).base_model_name_or_path",
+            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)",
         ]
     else:
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]

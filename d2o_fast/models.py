@@ -10,31 +10,48 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import has_file
 
+from d2o_fast.adapters import adapter_base, put_adapter
 from d2o_fast.chunked import Head
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 from d2o_fast.reference import naive_linear_logprob
 from d2o_fast.sampling import evaluating
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
-def load_model(config: D2OConfig, name: str | None = None) -> PreTrainedModel:
+
+def load_model(config: D2OConfig, name: str | None = None, setting: str = "model_name_or_path") -> Any:
     """The causal language model ``name`` (default ``config.model_name_or_path``) with fp32 master weights.
 
+    Where ``name`` holds an adapter, a PeftModel: the adapter, trainable, on the model that it names as its base.
+
+    Args:
+        setting: what messages call the name.
+
     Raises:
-        D2OError: no name given, or nothing that transformers can load under it.
+        D2OError: no name given, or nothing that transformers can load under it; an adapter on an adapter.
     """
-    name = _known(name or config.model_name_or_path, "model_name_or_path")
+    name = _known(name or config.model_name_or_path, setting)
+    base = _base_under(name, setting)
+    if base is not None:
+        setting = f"{setting} '{name}': its base_model_name_or_path"
+        if _base_under(_known(base, setting), setting) is not None:
+            raise D2OError(f"{setting} '{base}' is an adapter too; merge that one into its model first")
+        return put_adapter(load_model(config, base, setting), name, trainable=True)
     options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise D2OError(f"model_name_or_path '{name}' cannot be loaded as a causal language model: {error}") from error
+        raise D2OError(f"{setting} '{name}' cannot be loaded as a causal language model: {error}") from error
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not options and model.config._attn_implementation == "sdpa":
         # sdpa has no softcap. Older versions of transformers run Gemma 2 under it all the same, without the cap.
@@ -45,10 +62,13 @@ def load_model(config: D2OConfig, name: str | None = None) -> PreTrainedModel:
 def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside the model, with ``config.chat_template_path`` in place of its template if given.
 
+    An adapter without one has that of its base.
+
     Raises:
         D2OError: it cannot be loaded, or has no end-of-sequence token.
     """
     name = _known(name or config.model_name_or_path, "model_name_or_path")
+    name = _tokenizer_place(name) or name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
@@ -63,6 +83,21 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def has_tokenizer(name: str) -> bool:
+    """Whether ``load_tokenizer`` finds one: in the folder or under the hub name, or beside its adapter's base."""
+    return _tokenizer_place(os.path.expanduser(name)) is not None
+
+
+def _tokenizer_place(name: str) -> str | None:
+    try:
+        for place in (name, adapter_base(name)):
+            if place is not None and any(has_file(place, file) for file in _TOKENIZER_FILES):
+                return place
+    except OSError:  # no such name: whoever loads the model says so
+        pass
+    return None
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill rows with. Padding stands right of the real tokens, which never see it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -72,13 +107,19 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside a PeftModel (its adapters stay active), or the model itself.
 
     Raises:
-        D2OError: prompt-learning adapters, which put tokens of their own before the prompt.
+        D2OError: prompt-learning adapters, which put tokens of their own before the prompt; an adapter in a model that
+            is no PeftModel.
     """
     adapters: Any = getattr(model, "peft_config", None)
     if adapters is None:
         return model  # type: ignore[return-value]
     if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
         raise D2OError("prompt-learning adapters (prefix, prompt or p-tuning) are not supported; use LoRA")
+    if not hasattr(model, "get_base_model"):
+        raise D2OError(
+            f"{type(model).__name__} holds an adapter but is no PeftModel: load its base, and the adapter on it with "
+            "peft.PeftModel.from_pretrained(..., is_trainable=True)"
+        )
     return model.get_base_model()  # type: ignore[operator]
 
 
@@ -159,9 +200,37 @@ def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
             )
 
 
+def refuse_quantised(model: nn.Module, what: str) -> None:
+    """
+    Raises:
+        D2OError: quantised weights; ``what`` is the model's name in the message.
+    """
+    if getattr(base_of(model), "is_quantized", False):
+        raise D2OError(f"{what} is quantised; D2O takes fp32 master weights (with LoRA too): load it unquantised")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own inside: they would break up the training's."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
 def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 compute over fp32 master weights where ``config.dtype`` asks for it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def _base_under(name: str, setting: str) -> str | None:
+    try:
+        return adapter_base(name)
+    except OSError as error:
+        raise D2OError(f"{setting} '{name}' cannot be found: {error}") from error
 
 
 def _known(name: str, setting: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from d2o_fast.adapters import adapter_base, put_adapter
 from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, prompt_key, read_rows, split_by_prompt
 from d2o_fast.errors import D2OError
-from d2o_fast.models import base_of, load_model
+from d2o_fast.models import base_of, load_model, quiet_transformers, refuse_quantised
 
 logger = logging.getLogger("d2o_fast")
 
@@ -61,18 +61,6 @@ def read_datasets(config: D2OConfig) -> tuple[list[Row], list[Row] | None]:
     return rows, None
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own inside: they would break up the training's."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()
-
-
 def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
     """The model with fp32 master weights on the device, liger-kernel's parts in it where asked for.
 
@@ -85,8 +73,7 @@ def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
         with quiet_transformers():
             model = load_model(config, model)
     base = base_of(model)
-    if getattr(base, "is_quantized", False):
-        raise D2OError("the model is quantised; D2O trains fp32 master weights (with LoRA too): load it unquantised")
+    refuse_quantised(model, "the model")
     model = model.float().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.use_liger_kernel:
         _apply_liger(base)
@@ -175,7 +162,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def trained_model(config: D2OConfig, folder: str) -> Any:
-    """The model that ``D2OTrainer`` wrote into ``folder``; an adapter is put on the initial model.
+    """The model that ``D2OTrainer`` wrote into ``folder``; an adapter is put on the initial model, in place of its own.
 
     Raises:
         D2OError: there is none.
@@ -184,11 +171,8 @@ def trained_model(config: D2OConfig, folder: str) -> Any:
         if Path(folder).is_dir() and not Path(folder, "config.json").exists():
             raise D2OError(f"'{folder}' holds no trained model; run `d2o train` first, or name it with --eval_model")
         return initial_model(config, folder)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise D2OError(f"the adapter in '{folder}' needs peft ({error}); pip install 'd2o-fast[lora]'") from error
-    return PeftModel.from_pretrained(initial_model(config, config.model_name_or_path), folder)
+    initial = config.model_name_or_path
+    return put_adapter(initial_model(config, adapter_base(initial) or initial), folder)
 
 
 def anchors_folder(config: D2OConfig, name: str) -> Path:

@@ -5,16 +5,13 @@ K anchors of one prompt; N response tokens of a batch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from d2o_fast.batching import Example, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.config import D2OConfig
-from d2o_fast.errors import D2OError
 from d2o_fast.models import autocast, head_of
 from d2o_fast.ops import linear_logprob
 from d2o_fast.reference import sequence_logps
@@ -26,7 +23,7 @@ SCORE_TOKENS = 16384  #: tokens that one scoring batch may hold, padding include
 def reference_logps(
     decoder: nn.Module, model: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int, shared: bool = False
 ) -> list[list[float]]:
-    """K + 1 log-probabilities of each example, the negative's first: fp32 sums in nats.
+    """Log-probabilities of each example's responses, the negative's first: fp32 sums in nats.
 
     Batches hold whole prompts, at most ``SCORE_TOKENS`` tokens of them, so that memory does not grow with the number of
     examples; which rows share a batch, or ``shared`` prompts, changes a score in its rounding only.
@@ -34,7 +31,8 @@ def reference_logps(
     head, device = head_of(model), next(model.parameters()).device
     scores: list[list[float]] = []
     for batch_examples in _batches(examples, shared):
-        batch = (pack_shared(batch_examples) if shared else pack(batch_examples, pad)).to(device)
+        packed = pack_shared(batch_examples, min_anchors=0) if shared else pack(batch_examples, pad, min_anchors=0)
+        batch = packed.to(device)
         with torch.no_grad(), evaluating(model), autocast(config, device):
             hidden = response_hidden(decoder, batch)
             token_logps = linear_logprob(hidden, head.weight, batch.targets, **head.options())
@@ -55,19 +53,3 @@ def _batches(examples: Sequence[Example], shared: bool = False) -> Iterator[list
         batch.append(example)
     if batch:
         yield batch
-
-
-def adapter_disabled(model: Any) -> contextlib.AbstractContextManager[Any]:
-    return model.disable_adapter() if hasattr(model, "peft_config") else contextlib.nullcontext()
-
-
-def refuse_trained_adapter(model: nn.Module) -> None:
-    # A fresh adapter adds nothing, so the model without it is the initial policy; a trained one does not.
-    if not hasattr(model, "peft_config"):
-        return
-    for name, parameter in model.named_parameters():
-        if ("lora_B" in name or "lora_embedding_B" in name) and bool(parameter.detach().any()):
-            raise D2OError(
-                f"the adapter is not fresh ({name} is not zero), so the model without it is not where training starts. "
-                "Merge it first (merge_and_unload), or make the anchors before training"
-            )

@@ -1,6 +1,6 @@
 """The files of an anchor store: a manifest and shards, each of which is there whole or not at all.
 
-manifest.json                  fingerprint, number of rows and of shards; written first
+manifest.json                  fingerprint, number of rows and of shards, names of references; written first
 shard-00000.parquet ...        ``sampling_batch_size`` rows each, in the order of the data
 shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
 """

@@ -38,6 +38,7 @@ from d2o_fast.prepare import (
     quiet_transformers,
     refuse_many_processes,
 )
+from d2o_fast.references import describe_references, reference_names
 from d2o_fast.refresh import Refresher, Window
 from d2o_fast.sharing import Sharing, choose_sharing
 from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
@@ -58,8 +59,8 @@ class D2OTrainer:
     """Trains a causal language model away from its negatives while its own anchors hold it in place.
 
     Args:
-        model: a local folder, a hub name, a model of transformers or a PeftModel. Its weights become fp32. What it is
-            now is both references; of a PeftModel, what it is with its adapter disabled.
+        model: a local folder or hub name (an adapter's too), a model of transformers or a PeftModel. Its weights become
+            fp32. What it is now draws the anchors, and scores unless ``args`` names other references.
         args: all settings.
         train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data.py``), whose
             anchors are drawn and scored before training, under ``args.anchors_dir``; or an ``AnchorStore``.
@@ -342,7 +343,9 @@ class D2OTrainer:
         data = {name: self._described(name) for name in self.stores}
         with ckpt.replace_files(folder) as temporary:
             self._save_weights(temporary)
-            card = model_card(self.args, self.state, data, is_adapter, self.loss_path or "not run", self.sharing.text)
+            references = describe_references(self.stores["train"].fingerprint, reference_names(self.args))
+            ran = self.loss_path or "not run", self.sharing.text
+            card = model_card(self.args, self.state, data, is_adapter, *ran, references)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
             (temporary / "d2o_config.yaml").write_text(config, encoding="utf-8")

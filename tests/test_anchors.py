@@ -20,8 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
-from d2o_fast import anchors as anchors_module
 from d2o_fast import drawing as drawing_module
+from d2o_fast import references as references_module
 from d2o_fast import scoring as scoring_module
 from d2o_fast import shards as shards_module
 from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
@@ -29,7 +29,7 @@ from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
-from d2o_fast.fingerprint import weights_digest
+from d2o_fast.identity import weights_digest
 from d2o_fast.models import decoder_of
 from d2o_fast.sampling import sample_responses
 from d2o_fast.scoring import reference_logps
@@ -143,7 +143,7 @@ def test_a_store_is_scored_with_one_pass_per_prompt_where_it_can_be(tmp_path, mo
         calls.append(args[5])
         return reference_logps(*args, **kwargs)
 
-    monkeypatch.setattr(anchors_module, "reference_logps", watched)
+    monkeypatch.setattr(references_module, "reference_logps", watched)
     stores = [
         build(tmp_path / str(setting), config=replace(CONFIG, shared_prefix=setting)) for setting in ("auto", False)
     ]
@@ -225,92 +225,16 @@ def lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
-def test_lora_uses_the_model_without_the_adapter(tmp_path, monkeypatch):
+def test_a_fresh_adapter_is_left_out(tmp_path):
     plain = build(tmp_path / "plain")
     model = lora(tiny_model())
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert build(tmp_path / "lora", model=model).fingerprint == plain.fingerprint
     assert contents(tmp_path / "plain") == contents(tmp_path / "lora")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    assert build(tmp_path / "lora", model=model).complete, "a complete store serves a trained adapter"
-    with pytest.raises(D2OError, match=r"the adapter is not fresh .*merge_and_unload"):
-        build(tmp_path / "new", model=model)
-    monkeypatch.setattr(anchors_module, "refuse_trained_adapter", lambda model: None)
-    assert contents(build(tmp_path / "new", model=model).folder) == contents(tmp_path / "plain")
 
 
-# --- Fingerprint ---
-
-
-def differing(tmp_path: Path, **now: Any) -> set[str]:
-    """Names of the fields that a store made with the defaults misses under other conditions; none if it fits."""
-    model, tokenizer, rows = tiny_model(), tiny_tokenizer(), rows_from(tiny_rows(10), "memory")
-    store = AnchorStore.open(tmp_path) if (tmp_path / "manifest.json").exists() else build(tmp_path)
-    expected = expected_fingerprint(
-        now.get("model", model), now.get("tokenizer", tokenizer), now.get("rows", rows), now.get("config", CONFIG)
-    )
-    if store.fingerprint == expected:
-        store.check(expected)
-        return set()
-    with pytest.raises(FingerprintError) as caught:
-        store.check(expected)
-    assert all(name in str(caught.value) for name in caught.value.differences)
-    return set(caught.value.differences)
-
-
-def test_the_fingerprint_names_what_changed(tmp_path):
-    for name, value in (
-        ("max_length", 65),
-        ("max_completion_length", 13),
-        ("truncation_mode", "keep_start"),
-        ("dtype", "bfloat16"),
-        ("num_generations", 4),
-        ("temperature", 0.9),
-        ("top_p", 0.9),
-        ("sampling_seed", 6),
-        ("sampling_batch_size", 5),
-    ):
-        assert differing(tmp_path, config=replace(CONFIG, **{name: value})) == {name}
-    rows = tiny_rows(10)
-    assert differing(tmp_path, rows=rows_from(rows[::-1])) == {"rows"}
-    assert differing(tmp_path, rows=rows_from([*rows[:9], {**rows[9], "rejected": "other"}])) == {"rows"}
-    assert differing(tmp_path, rows=rows_from([*rows[:9], {**rows[9], "anchors": ["a"]}])) == {"rows"}
-    assert differing(tmp_path, model=tiny_model(seed=1)) == {"weights"}
-    changed = tiny_model()
-    with torch.no_grad():
-        changed.model.layers[1].mlp.up_proj.weight[0, 0].mul_(1 + 1e-6)
-    assert differing(tmp_path, model=changed) == {"weights"}
-    assert differing(tmp_path, model=tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 9e3})) == {
-        "model_config"
-    }
-    model = tiny_model()
-    model.generation_config.eos_token_id = [2, 9]
-    assert differing(tmp_path, model=model) == {"stop_token_ids"}
-    assert differing(tmp_path, tokenizer=tiny_tokenizer(bos=True)) == {"tokenizer"}
-
-
-def test_nothing_else_is_in_the_fingerprint(tmp_path):
-    config = replace(CONFIG, seed=1, learning_rate=1.0, output_dir="elsewhere", alpha=1.0, beta=2.0, anchor_weight=1.0)
-    config = replace(config, per_device_train_batch_size=1, model_name_or_path="x", attn_implementation="eager")
-    assert differing(tmp_path, config=config) == set()
-    assert differing(tmp_path, rows=rows_from(tiny_rows(10), "another file")) == set()
-    assert differing(tmp_path, model=tiny_model(attention_dropout=0.1).train()) == set()
-    assert differing(tmp_path, model=lora(tiny_model())) == set()
-    tokenizer = tiny_tokenizer()
-    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
-    tokenizer.chat_template = "unused by rows of plain text"
-    assert differing(tmp_path, tokenizer=tokenizer) == set()
-
-
-def test_a_template_counts_where_there_are_chats():
-    rows, model = rows_from([CHAT_ROW]), tiny_model(chat=True)
-    tokenizer, other = tiny_tokenizer(True), tiny_tokenizer(True)
-    other.chat_template += " "
-    first, second = (expected_fingerprint(model, t, rows, CONFIG) for t in (tokenizer, other))
-    assert {name for name in first if first[name] != second[name]} == {"chat_template"}
+# --- Fingerprint (each field of it: test_references.py) ---
 
 
 def test_weights_by_content_and_not_by_path(tmp_path):
@@ -412,7 +336,7 @@ def test_faults_in_the_data_come_before_the_first_sample(tmp_path):
 
 
 def test_a_score_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(anchors_module, "reference_logps", lambda *a: [[-1.0] * 4, [-1.0, -1.0, math.nan, -1.0]])
+    monkeypatch.setattr(references_module, "reference_logps", lambda *a: [[-1.0] * 4, [-1.0, -1.0, math.nan, -1.0]])
     with pytest.raises(DataError, match=r"memory, row 2, field 'anchors\[1\]': its log-probability .* is nan"):
         build(tmp_path / "s", tiny_rows(2))
     assert not list((tmp_path / "s").glob("shard*"))
@@ -449,7 +373,7 @@ def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, coun
 
     os.replace, os.fsync = stepping(os.replace), stepping(os.fsync)
     drawing_module.sample_responses = stepping(sample_responses)
-    anchors_module.reference_logps = stepping(reference_logps)
+    references_module.reference_logps = stepping(reference_logps)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     build_store(model, tokenizer, rows_from(tiny_rows(6), "memory"), CONFIG, folder)
 

@@ -1,0 +1,105 @@
+"""Adapters of peft: found in a folder, put on their base, and what a model with one is before training.
+
+A *fresh* adapter changes nothing yet: the model without it is the initial policy, which any run on the same base
+shares. Any other adapter is a part of the initial policy and stays active wherever that one draws or scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from d2o_fast.errors import D2OError
+
+
+def adapter_base(name: str) -> str | None:
+    """The model under the adapter that a folder or hub name holds; None if it holds a whole model.
+
+    Raises:
+        OSError: no such name on the hub.
+        D2OError: the adapter does not say whose it is.
+    """
+    path = find_adapter_config_file(name)
+    if path is None:
+        return None
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise D2OError(f"{path} is damaged ({error})") from error
+    if not base:
+        raise D2OError(
+            f"{path} does not say which model the adapter belongs to: set base_model_name_or_path in it to a folder "
+            "or a hub name"
+        )
+    return str(base)
+
+
+def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
+    """``base`` with the adapter of a folder or hub name on it, a PeftModel.
+
+    Raises:
+        D2OError: peft is missing, or the adapter does not fit.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise D2OError(f"the adapter in '{name}' needs peft ({error}); pip install 'd2o-fast[lora]'") from error
+    try:
+        return PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise D2OError(f"the adapter in '{name}' does not fit {type(base).__name__}: {error}") from error
+
+
+def is_fresh(model: nn.Module) -> bool:
+    """Whether a PeftModel is, to the bit, the model without its adapters; True for a model without any.
+
+    LoRA is where A or B is zero and ``modules_to_save`` are as they were. Whatever cannot be told so counts as trained:
+    of DoRA, IA3 and the like, the model with the adapter is the right initial policy in any case.
+    """
+    if not hasattr(model, "peft_config"):
+        return True
+    if any(config.peft_type != "LORA" for config in model.peft_config.values()):  # type: ignore[union-attr, operator]
+        return False
+    state: dict[str, torch.Tensor] = model.get_base_model().state_dict()  # type: ignore[operator]
+    return all(_adds_nothing(name, tensor, state) for name, tensor in state.items())
+
+
+def _adds_nothing(name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor]) -> bool:
+    module, dot, adapted = name.partition(".modules_to_save.")
+    if dot:
+        return tensor.equal(state[f"{module}.original_module.{adapted.partition('.')[2]}"])
+    for a, b in ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B.")):
+        if a in name:
+            return True  # looked at with its B
+        if b in name:
+            partner = state.get(name.replace(b, a))
+            return not tensor.any() or (partner is not None and not partner.any())
+    return ".lora_" not in name and ".trainable_tokens_" not in name
+
+
+def as_initial(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a model that was not trained yet is the initial policy: with its adapter, or without a fresh one."""
+    if not hasattr(model, "peft_config") or not is_fresh(model):
+        return contextlib.nullcontext()
+    return model.disable_adapter()
+
+
+def adapter_of(model: Any) -> tuple[Any, dict[str, Any]]:
+    """(peft's configuration, tensors by name) of a PeftModel's only adapter, its own name left out.
+
+    Raises:
+        D2OError: more than one adapter.
+    """
+    from peft import get_peft_model_state_dict
+
+    if len(model.peft_config) > 1:
+        names = ", ".join(model.peft_config)
+        raise D2OError(f"the model has {len(model.peft_config)} adapters ({names}); keep the one to train")
+    ((name, config),) = model.peft_config.items()
+    return config, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
