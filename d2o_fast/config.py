@@ -187,6 +187,12 @@ class D2OConfig:
             self.ref_model,
             "left out where ref_model_neg or ref_model_pos is set (it stands for both)",
         )
+        _require(
+            not self.refresh_every or (self.ref_model is None and self.ref_model_neg is None),
+            "refresh_every",
+            self.refresh_every,
+            "0 while ref_model or ref_model_neg is set: the policy that draws anchors anew is their reference",
+        )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")
         _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "a share in [0, 1)")

@@ -59,7 +59,8 @@ def model_card(
         f"{config.sampling_seed}, where the data brought none of their own"
         + (f"; filtered: {filters}" if (filters := settings_text(config)) else "")
         + (f"; drawn under the instruction {config.sampling_instruction!r}" if config.sampling_instruction else ""),
-        "References": f"{references}; scored once, before training",
+        "References": f"{references}; scored once, before training"
+        + ("; anchors drawn anew: the policy that drew them" if config.refresh_every else ""),
         "Loss": f"D2O, alpha = {config.alpha:g}, beta = {config.beta:g}, anchor_weight = {config.anchor_weight:g}"
         + (" (an addition to the paper's loss)" if config.anchor_weight else ""),
         "Optimisation": f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type} schedule, "

@@ -51,7 +51,7 @@ def describe_references(fingerprint: Mapping[str, Any], names: Mapping[str, str 
     """Who scored, in words.
 
     Args:
-        fingerprint: a store's.
+        fingerprint: a store's, or that of anchors drawn anew (``refresh.py``).
         names: ``reference_names`` of the settings that it was made with.
     """
     initial = "the initial model" + (" with the adapter it came with" if fingerprint["adapter"] else "")
@@ -62,6 +62,8 @@ def describe_references(fingerprint: Mapping[str, Any], names: Mapping[str, str 
         else f"{names[side]} (weights {fingerprint[_REF_NAMES[side][0]][:16]})"
         for side in SIDES
     )
+    if "refreshed_at" in fingerprint:
+        neg = f"the policy after step {fingerprint['refreshed_at']}"
     if neg == pos:
         return f"{neg}, for anchors and negatives alike"
     return f"{neg}, for anchors; {pos}, for negatives"

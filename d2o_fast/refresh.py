@@ -35,6 +35,7 @@ from d2o_fast.drawing import Drawer
 from d2o_fast.errors import D2OError
 from d2o_fast.models import pad_token_id
 from d2o_fast.order import Order
+from d2o_fast.references import reference_names
 from d2o_fast.scoring import reference_logps
 from d2o_fast.shards import SCHEMA, begin, shard_name, write_shard
 
@@ -107,7 +108,8 @@ class Refresher:
         places, size = self._places(step), self.config.sampling_batch_size
         with atomic_folder(self.folder / f"step-{step}") as folder:
             fingerprint = {**self.store.fingerprint, "refreshed_at": step}
-            begin(folder, {"fingerprint": fingerprint, "num_rows": len(places), "num_shards": -(-len(places) // size)})
+            counts = {"num_rows": len(places), "num_shards": -(-len(places) // size)}
+            begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(self.config)})
             for shard, start in enumerate(range(0, len(places), size)):
                 records = self._drawn(step, shard, places[start : start + size])
                 write_shard(folder, shard, pa.Table.from_pylist(records, schema=SCHEMA))

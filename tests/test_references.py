@@ -18,7 +18,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from test_anchors import CHAT_ROW, CONFIG, build, contents
 from test_checkpoint import Stop, stop_at
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast import D2OConfig, D2OTrainer, ResponseLayout, d2o_loss
 from d2o_fast import fingerprint as fingerprint_module
@@ -262,6 +262,14 @@ def with_template(state: State, folder: Path) -> State:
     return {**state, "tokenizer": tokenizer}
 
 
+def length_score(prompt: str, response: str) -> float:
+    return len(response)
+
+
+def even_score(prompt: str, response: str) -> float:
+    return len(response) % 2
+
+
 #: one change for each field of the fingerprint, which must be refused by the name of that field and no other
 CHANGES: dict[str, Callable[[State, Path], State]] = {
     "format": with_format,
@@ -291,17 +299,26 @@ CHANGES: dict[str, Callable[[State, Path], State]] = {
     "top_p": with_config(top_p=0.9),
     "sampling_seed": with_config(sampling_seed=6),
     "sampling_batch_size": with_config(sampling_batch_size=5),
+    "sampling_instruction": with_config(sampling_instruction="Kindly: {prompt}"),
+    "drop_duplicate_anchors": with_config(drop_duplicate_anchors=True),
+    "drop_empty_anchors": with_config(drop_empty_anchors=True),
+    "drop_truncated_anchors": with_config(drop_truncated_anchors=True),
+    "max_anchor_overlap": with_config(max_anchor_overlap=0.5),
+    "num_draws": with_config(num_draws=5),
+    "anchor_score": with_config(anchor_score="test_references:even_score"),
+    "min_anchor_score": with_config(min_anchor_score=0.5),
 }
 
 
 def state_of(models: Path, folder: Path, chat: bool) -> State:
-    references = {"ref_model_neg": str(models / "neg"), "ref_model_pos": str(models / "pos")}
+    settings = {"ref_model_neg": str(models / "neg"), "ref_model_pos": str(models / "pos")}
+    settings |= {"anchor_score": "test_references:length_score", "min_anchor_score": 0.0}
     rows = [CHAT_ROW] if chat else tiny_rows(5)
     return {
         "model": tiny_model(chat=chat),
         "tokenizer": tiny_tokenizer(chat),
         "rows": rows_from(rows, "memory"),
-        "config": replace(CONFIG, anchors_dir=str(folder), **({} if chat else references)),
+        "config": replace(CONFIG, anchors_dir=str(folder), **({} if chat else settings)),
     }
 
 
@@ -340,6 +357,18 @@ def test_small_changes_count(models: Path, tmp_path: Path) -> None:
         changed = rows_from([*rows[:4], {**rows[4], **last}], "memory")
         with pytest.raises(FingerprintError, match="rows"):
             opened({**state_of(models, tmp_path / "anchors", chat=False), "rows": changed})
+
+
+def test_the_same_weights_in_another_architecture_are_another_model() -> None:
+    """Mistral's tensors have Llama's names and shapes; its attention has a window, by default."""
+    llama = tiny_model()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    others = ("num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id")
+    settings = {name: getattr(llama.config, name) for name in (*sizes, *others)}
+    mistral = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **settings))
+    mistral.load_state_dict(llama.state_dict())
+    differing = [a != b for a, b in zip(identity_of(llama), identity_of(mistral), strict=True)]
+    assert differing == [False, True, False]
 
 
 def test_what_does_not_count(models: Path, tmp_path: Path) -> None:
@@ -477,6 +506,25 @@ def test_the_commands_take_an_adapter(models: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main(["train", str(tmp_path / "config.yaml"), "--use_peft", "true"]) == 2
     assert "the model has an adapter already; leave peft_config and use_peft out" in capsys.readouterr().err
+
+
+# --- Anchors drawn anew ----------------------------------------------------------------------------------------------
+
+
+def test_fresh_anchors_have_the_policy_and_negatives_the_model_named(models: Path, tmp_path: Path) -> None:
+    args = config(tmp_path, ref_model_pos=str(models / "pos"), refresh_every=2, save_steps=3)
+    run = D2OTrainer(str(models / "initial"), args, tiny_rows(4))
+    run.train()
+    window = AnchorStore.open(tmp_path / "refreshed" / "step-2")
+    pos = tiny_model(seed=2)
+    for example in window.examples():
+        assert example.ref_logps[0] == pytest.approx(fp64_logps(pos, example)[0], rel=1e-6)
+    text = f"the policy after step 2, for anchors; {models}/pos (weights "
+    assert text in inspect(tmp_path / "refreshed" / "step-2")
+    assert "; anchors drawn anew: the policy that drew them |" in (tmp_path / "README.md").read_text()
+    for setting in ("ref_model", "ref_model_neg"):
+        with pytest.raises(D2OError, match="refresh_every is 2; it must be 0 while ref_model or ref_model_neg is set"):
+            D2OConfig(**{setting: "a"}, refresh_every=2)
 
 
 # --- In memory when there is something to score ----------------------------------------------------------------------
