@@ -145,7 +145,7 @@ def train(variant: Variant, seed: int, folder: Path, study: toy.Study) -> dict[s
     started = time.time()
     settings = toy.demo_settings(folder)
     settings |= {**dataclasses.asdict(variant), "max_steps": study.fixed[1], "eval_steps": LOOK}
-    settings |= {"judge_num_generations": study.generations, "logging_steps": LOOK}
+    settings |= {"refresh_strategy": "steps", "judge_num_generations": study.generations, "logging_steps": LOOK}
     with tempfile.TemporaryDirectory(dir=folder) as output_dir:
         config = D2OConfig(**{**settings, "output_dir": output_dir})
         rows, tokenizer = toy.rows_of(folder, "held_out"), load_tokenizer(config)

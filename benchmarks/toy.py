@@ -1,6 +1,6 @@
 """The toy study: D2O and its neighbours on the demo's language, every method with its own best settings.
 
-    python -m benchmarks.toy                    # three seeds, about 8 minutes on two idle cores
+    python -m benchmarks.toy                    # three seeds, about 10 minutes on two idle cores
     python -m benchmarks.toy --quick            # one seed, a tiny grid: shows that it runs
 
 For each seed a model is trained as in ``d2o demo``. Every method then tries every pair of learning rate and number of
@@ -48,10 +48,9 @@ from d2o_fast.models import load_model, load_tokenizer
 from d2o_fast.trainer import D2OTrainer
 
 LOOK = 10  #: steps between two looks at the test prompts
-ANCHOR_WEIGHTS = {"d2o": 0.0, "d2o-anchored": 0.005, "d2o-fixed": 0.005}
+PAPER = {"anchor_weight": 0.0, "refresh_every": 0}  #: the paper's loss, anchors drawn once
 NAMES = {
     "d2o": "D2O, the paper's loss",
-    "d2o-anchored": "D2O, anchor_weight 0.005",
     "d2o-fixed": "D2O, the demo's fixed setting",
     **{method: name for method, (name, _) in BASELINES.items()},
 }
@@ -208,8 +207,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Each method's learning rate is one of {_list(study['learning_rates'])} and its number of steps one of "
         f"{_list(study['num_steps'])}: for each seed the pair with the highest helpful minus harmful on the validation "
-        f"prompts. The fixed setting is {study['fixed'][0]:g} and {study['fixed'][1]} steps, with anchor_weight "
-        f"{ANCHOR_WEIGHTS['d2o-fixed']:g}. NPO and DPO have beta 0.1, D2O K = 11 and alpha = beta = 0.1. D2O, GA and "
+        f"prompts. The fixed setting is {study['fixed'][0]:g} and {study['fixed'][1]} steps, with anchor_weight 0.05 "
+        "and anchors drawn anew every 3 epochs. NPO and DPO have beta 0.1, D2O K = 11 and alpha = beta = 0.1. D2O, GA and "
         "NPO see the responses marked unsafe; a third of the positives of DPO and SFT are abusive.",
         "",
         "Worst: most harmful, least helpful, most garbage over the seeds. On the way: the most of any seed, looked at "
@@ -240,10 +239,11 @@ def _config(job: Job, learning_rate: float, num_steps: int, watch: bool) -> D2OC
     settings.update(
         learning_rate=learning_rate,
         max_steps=num_steps,
-        anchor_weight=ANCHOR_WEIGHTS.get(job.method, 0.0),
         judge_num_generations=job.study.generations,
         eval_steps=LOOK if watch else 0,
     )
+    if job.method == "d2o":
+        settings |= PAPER
     if not watch:
         del settings["judge"]
     return D2OConfig(**settings)
