@@ -208,8 +208,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Each method's learning rate is one of {_list(study['learning_rates'])} and its number of steps one of "
         f"{_list(study['num_steps'])}: for each seed the pair with the highest helpful minus harmful on the validation "
         f"prompts. The fixed setting is {study['fixed'][0]:g} and {study['fixed'][1]} steps, with anchor_weight 0.05 "
-        "and anchors drawn anew every 3 epochs. NPO and DPO have beta 0.1, D2O K = 11 and alpha = beta = 0.1. D2O, GA and "
-        "NPO see the responses marked unsafe; a third of the positives of DPO and SFT are abusive.",
+        "and anchors drawn anew every 3 epochs. NPO and DPO have beta 0.1, D2O K = 11 and alpha = beta = 0.1. D2O, GA "
+        "and NPO see the responses marked unsafe; a third of the positives of DPO and SFT are abusive.",
         "",
         "Worst: most harmful, least helpful, most garbage over the seeds. On the way: the most of any seed, looked at "
         f"every {LOOK} steps of the chosen runs.",

@@ -64,6 +64,7 @@ class D2OConfig:
     top_p: float = 1.0
     sampling_seed: int = 0  #: seeds the anchors and nothing else
     sampling_batch_size: int = 16  #: prompts per shard, each of which is drawn and scored together
+    sampling_engine: Literal["generate", "continuous"] = "generate"  #: transformers' generate, or continuous batching
     sampling_instruction: str | None = None  #: a system message or a text with {prompt}, only while anchors are drawn
     server_url: str | None = None  #: anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1
     server_model: str | None = None  #: name under which the server serves it; model_name_or_path if not given

@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "paths": {
             "loss": _loss(),
-            "sampler": {"runs": "generate", "not": {"continuous batching": "only where it is asked for by name"}},
+            "sampler": {"runs": "generate", "not": {"continuous batching": "where sampling_engine names it"}},
             "attention": _attention(),
             "prompts": _prompts(),
             "liger-kernel": _liger(),
@@ -91,7 +91,7 @@ def _loss() -> dict[str, Any]:
     try:
         runs = choose_engine("auto", probe).name
     except (ImportError, ValueError) as error:  # on a GPU without Triton nothing runs unless torch is asked for
-        return {"runs": "none", "not": {"triton": str(error), "torch": "only where it is asked for by name"}}
+        return {"runs": "none", "not": {"triton": str(error), "torch": "where sampling_engine names it"}}
     if runs == "torch":
         try:
             choose_engine("triton", probe)

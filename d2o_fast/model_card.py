@@ -49,6 +49,7 @@ def model_card(
     if config.model_name_or_path:
         header["base_model"] = config.model_name_or_path
     compute = "fp32" if config.dtype == "float32" else "bf16 compute over fp32 master weights"
+    unit = "epochs" if config.refresh_strategy == "epoch" else "steps"
     trained = "an adapter (`adapter_config.json`)" if is_adapter else "all weights, stored in fp32"
     rows = {
         "Base model": f"`{name}`",
@@ -58,7 +59,8 @@ def model_card(
         "Anchors": f"sampled from the base model at temperature {config.temperature:g}, top_p {config.top_p:g}, seed "
         f"{config.sampling_seed}, where the data brought none of their own"
         + (f"; filtered: {filters}" if (filters := settings_text(config)) else "")
-        + (f"; drawn under the instruction {config.sampling_instruction!r}" if config.sampling_instruction else ""),
+        + (f"; drawn under the instruction {config.sampling_instruction!r}" if config.sampling_instruction else "")
+        + (f"; drawn anew from the policy every {config.refresh_every} {unit}" if config.refresh_every else ""),
         "References": f"{references}; scored once, before training"
         + ("; anchors drawn anew: the policy that drew them" if config.refresh_every else ""),
         "Loss": f"D2O, alpha = {config.alpha:g}, beta = {config.beta:g}, anchor_weight = {config.anchor_weight:g}"
