@@ -18,7 +18,7 @@ descriptors; ``linear_logprob_kernel`` serves every other device, dtype and stri
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -362,6 +362,15 @@ def tile_kind(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> str
     return "16-bit capped" if softcap > 0 else "16-bit"
 
 
+def tile_entry(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> tuple[dict[Any, Tile], Any]:
+    """The table and its key that serve these operands: descriptors where the device has them and the rows suit them."""
+    device = architecture(hidden.device)
+    alike = hidden.dtype == weight.dtype != torch.float32
+    if device in DESCRIPTOR_TILES and alike and suits_descriptor(hidden) and suits_descriptor(weight):
+        return DESCRIPTOR_TILES, device
+    return TILES, (device, tile_kind(hidden, weight, softcap))
+
+
 def suits_descriptor(tensor: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read these rows: aligned, apart by a multiple of 16 bytes, distinct."""
     row_bytes = tensor.stride(0) * tensor.element_size()
@@ -408,14 +417,8 @@ def linear_logprob_forward(
         return logps, stats
     targets = targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    device = architecture(hidden.device)
-    by_descriptor = (
-        device in DESCRIPTOR_TILES
-        and hidden.dtype == weight.dtype != torch.float32
-        and suits_descriptor(hidden)
-        and suits_descriptor(weight)
-    )
-    tile = DESCRIPTOR_TILES[device] if by_descriptor else TILES[device, tile_kind(hidden, weight, softcap_value)]
+    table, key = tile_entry(hidden, weight, softcap_value)
+    by_descriptor, tile = table is DESCRIPTOR_TILES, table[key]
     num_n_tiles = triton.cdiv(N, tile.block_n)
     processors = num_processors(hidden.device)
     num_splits, tiles_per_split = choose_splits(num_n_tiles, triton.cdiv(V, tile.block_v), processors)

@@ -8,14 +8,37 @@ Shapes: n rows of the chunk, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import LOWEST, check_device, check_softcap, exp, tanh, to_logits
+from .common import LOWEST, architecture, check_device, check_softcap, exp, tanh, to_logits
 
-BLOCK_V = 4096
-NUM_WARPS = 8
+
+class RowTile(NamedTuple):
+    """Columns that a row's program takes at a time, and how it runs."""
+
+    block_v: int
+    num_warps: int
+
+
+# One configuration per architecture and kernel. No spills: tests/test_codegen.py.
+ROW_TILES: dict[tuple[str, str], RowTile] = {
+    ("sm_80", "stats"): RowTile(4096, 8),
+    ("sm_80", "grad"): RowTile(4096, 8),
+    ("sm_86", "stats"): RowTile(4096, 8),
+    ("sm_86", "grad"): RowTile(4096, 8),
+    ("sm_90", "stats"): RowTile(4096, 8),
+    ("sm_90", "grad"): RowTile(4096, 8),
+    ("sm_100", "stats"): RowTile(4096, 8),
+    ("sm_100", "grad"): RowTile(4096, 8),
+    ("gfx942", "stats"): RowTile(4096, 8),
+    ("gfx942", "grad"): RowTile(4096, 8),
+    ("interpreter", "stats"): RowTile(4096, 8),
+    ("interpreter", "grad"): RowTile(4096, 8),
+}
 
 
 @triton.jit
@@ -150,6 +173,7 @@ def logit_stats(
     stats = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return logps, stats
+    tile = ROW_TILES[architecture(logits.device), "stats"]
     logit_stats_kernel[(n,)](
         logits,
         targets.contiguous(),
@@ -162,8 +186,8 @@ def logit_stats(
         LOGIT_SCALE=float(logit_scale),
         SOFTCAP=check_softcap(softcap),
         HAS_BIAS=bias is not None,
-        BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS,
+        BLOCK_V=tile.block_v,
+        num_warps=tile.num_warps,
     )
     return logps, stats
 
@@ -204,6 +228,7 @@ def logit_grad_(
     out = logits if out_dtype == torch.float32 else logits.view(out_dtype)[:, :V]
     if n == 0:
         return out
+    tile = ROW_TILES[architecture(logits.device), "grad"]
     logit_grad_kernel[(n,)](
         logits,
         out,
@@ -218,8 +243,8 @@ def logit_grad_(
         LOGIT_SCALE=float(logit_scale),
         SOFTCAP=check_softcap(softcap),
         HAS_BIAS=bias is not None,
-        BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS,
+        BLOCK_V=tile.block_v,
+        num_warps=tile.num_warps,
     )
     return out
 

@@ -274,7 +274,7 @@ def _product_cases(arch: str) -> list[Case]:
 def _row_cases(arch: str) -> list[Case]:
     """Kernels over rows of logits and over prompts."""
     from d2o_fast.kernels.group_loss import BLOCK_TOKENS
-    from d2o_fast.kernels.logit_grad import BLOCK_V, NUM_WARPS
+    from d2o_fast.kernels.logit_grad import ROW_TILES
 
     found = []
     for variant in ("plain", "full"):
@@ -283,7 +283,6 @@ def _row_cases(arch: str) -> list[Case]:
             "LOGIT_SCALE": 0.5 if full else 1.0,
             "SOFTCAP": 30.0 if full else 0.0,
             "HAS_BIAS": full,
-            "BLOCK_V": BLOCK_V,
             **({"stride_b": 1} if full else {"bias_ptr": None}),
         }
         stats = {
@@ -297,8 +296,17 @@ def _row_cases(arch: str) -> list[Case]:
         }
         even = () if full else ("V", "stride_n")
         aligned = tuple(name for name in stats if name.endswith("_ptr"))
+        tile = ROW_TILES[arch, "stats"]
         found.append(
-            Case("logit_grad.logit_stats_kernel", arch, f"fp32, {variant}", stats, constants, aligned + even, NUM_WARPS)
+            Case(
+                "logit_grad.logit_stats_kernel",
+                arch,
+                f"fp32, {variant}",
+                stats,
+                constants | {"BLOCK_V": tile.block_v},
+                aligned + even,
+                tile.num_warps,
+            )
         )
         for out in DTYPES:
             grad = {
@@ -313,15 +321,16 @@ def _row_cases(arch: str) -> list[Case]:
             }
             even = () if full else ("V", "stride_n", "stride_on")
             aligned = tuple(name for name in grad if name.endswith("_ptr"))
+            tile = ROW_TILES[arch, "grad"]
             found.append(
                 Case(
                     "logit_grad.logit_grad_kernel",
                     arch,
                     f"{out}, {variant}",
                     grad,
-                    constants,
+                    constants | {"BLOCK_V": tile.block_v},
                     aligned + even,
-                    NUM_WARPS,
+                    tile.num_warps,
                 )
             )
     loss = {

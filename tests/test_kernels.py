@@ -19,7 +19,7 @@ from d2o_fast.kernels.linear_logprob import (
     choose_splits,
     linear_logprob_forward,
 )
-from d2o_fast.kernels.logit_grad import BLOCK_V, logit_grad_, logit_stats
+from d2o_fast.kernels.logit_grad import ROW_TILES, logit_grad_, logit_stats
 from d2o_fast.layout import ResponseLayout
 from d2o_fast.reference import Margin, d2o_loss, margin_loss, naive_linear_logprob
 
@@ -68,6 +68,7 @@ def test_forward_matches_fp64(device, dtype, settings) -> None:
     assert_close(stats.sum(0), logits64(hidden, weight, **options).logsumexp(1), 1e-6, 5e-7)
 
 
+@pytest.mark.sanitize
 @DTYPES
 def test_forward_error_is_not_above_eager_in_the_same_dtype(device, dtype) -> None:
     hidden, weight, targets, options = problem(device, 64, 96, 500, dtype)
@@ -79,6 +80,7 @@ def test_forward_error_is_not_above_eager_in_the_same_dtype(device, dtype) -> No
     assert ours[1] <= max(eager[1], 3e-7)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("N", "H", "V"),
     [
@@ -109,6 +111,7 @@ def test_forward_pads_the_vocabulary_below_very_negative_logits(device) -> None:
     assert_close(stats.sum(0), torch.full((5,), -130 + math.log(33)), 1e-6)
 
 
+@pytest.mark.sanitize
 def test_forward_respects_strides(device) -> None:
     hidden, weight, targets, _ = problem(device, 20, 24, 70, bias=True)
     reference = linear_logprob_forward(hidden, weight, targets)[0]
@@ -131,6 +134,7 @@ def test_forward_respects_strides(device) -> None:
     )
 
 
+@pytest.mark.sanitize
 def test_forward_rounds_an_fp32_weight_to_the_dtype_of_hidden(device) -> None:
     hidden, weight, targets, _ = problem(device, 20, 48, 70)
     hidden = hidden.half()  # not bf16, to which the interpreter truncates instead of rounding
@@ -236,8 +240,9 @@ def test_partial_results_do_not_grow_with_the_batch(num_n_tiles) -> None:
 
 
 def test_every_architecture_has_a_tile_for_every_kind() -> None:
-    architectures, kinds = {arch for arch, _ in TILES}, {kind for _, kind in TILES}
-    assert len(TILES) == len(architectures) * len(kinds)
+    for table in (TILES, ROW_TILES):
+        architectures, kinds = {arch for arch, _ in table}, {kind for _, kind in table}
+        assert len(table) == len(architectures) * len(kinds)
 
 
 # ------------------------------------------------------------------------------- the forward through tensor descriptors
@@ -293,6 +298,7 @@ def test_descriptors_match_fp64_and_pointers(device, chosen, monkeypatch, dtype,
         assert_close(sums.sum(0), lse, 1e-6)
 
 
+@pytest.mark.sanitize
 def test_descriptors_take_rows_apart_and_a_masked_vocabulary(device, chosen) -> None:
     hidden, weight, targets, _ = problem(device, 20, 24, 300, torch.bfloat16)
     wide = torch.full((20, 64), float("nan"), device=device, dtype=torch.bfloat16)
@@ -334,7 +340,8 @@ def test_older_devices_have_no_descriptors() -> None:
 
 # ------------------------------------------------------------------------------------------- rows of logits in memory
 
-# One block and a tail; the row kernels have one configuration, so the interpreter runs the real block.
+# One block and a tail, whichever device runs the tests.
+BLOCK_V = max(tile.block_v for tile in ROW_TILES.values())
 LONG = BLOCK_V + 77
 
 
@@ -409,6 +416,7 @@ def test_grad_is_coef_times_the_rounded_row(device, dtype) -> None:
         assert_close(grad[row], reference[row], rounding(dtype, device))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_grad_leaves_the_memory_between_rows_alone(device, dtype) -> None:
     """Rows of 131 in a buffer 150 wide, as a chunk of a larger workspace is."""
@@ -458,6 +466,7 @@ def test_rows_survive_extreme_logits(device, dtype) -> None:
     assert_close(logit_grad_(raw, targets, stats, coef, out_dtype=dtype), reference, 1e-6 + rounding(dtype, device))
 
 
+@pytest.mark.sanitize
 def test_rows_with_a_target_outside_the_vocabulary(device) -> None:
     raw, targets, coef, _ = rows_problem(device, 3, 64)
     targets[1], targets[2] = -1, 2**33
@@ -605,6 +614,7 @@ def test_group_loss_refuses(device) -> None:
 # -------------------------------------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.sanitize
 def test_the_same_bits_twice(device) -> None:
     hidden, weight, targets, options = problem(device, 37, 45, 531, torch.bfloat16, bias=True, softcap=3.0)
     raw, row_targets, coef, _ = rows_problem(device, 5, LONG)

@@ -1,0 +1,326 @@
+"""Each kernel at the shape of a real head: how it runs, the least that it must move and compute, how wrong it may be.
+
+Shapes: N response tokens, n those of one chunk, V vocabulary, H hidden, M columns that the filter keeps.
+
+Bytes are the fewest there are: every input read once, every output written once. Operations are those of matrix
+products. Importing this imports the kernels: whoever wants them interpreted sets TRITON_INTERPRET before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.shapes import HEADS, equal_lengths, relative_error
+from d2o_fast.kernels.filtered_products import filtered_products
+from d2o_fast.kernels.group_loss import group_loss
+from d2o_fast.kernels.linear_logprob import linear_logprob_forward
+from d2o_fast.kernels.logit_grad import logit_grad_, logit_stats
+from d2o_fast.layout import ResponseLayout
+from d2o_fast.ops import WORKSPACE_BYTES
+from d2o_fast.products import product_
+from d2o_fast.reference import d2o_loss, naive_linear_logprob, sequence_logps
+
+SAMPLE = 64  # rows, or kept columns, at which a large result is compared in fp64
+FILTER_EPS = 1e-3
+FP32_BOUND = 5e-6  # of the RMS error relative to fp64
+ROUNDED_BOUND = 5e-3  # with one rounding to 16 bits (the interpreter truncates to bf16)
+
+
+class Shape(NamedTuple):
+    """``prompts`` prompts of 1 + 11 responses of ``tokens`` tokens; a chunk: one prompt, or what a workspace holds."""
+
+    head: str
+    H: int
+    V: int
+    softcap: float | None
+    prompts: int
+    tokens: int
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        return equal_lengths(self.prompts, self.tokens)
+
+    @property
+    def N(self) -> int:
+        return 12 * self.prompts * self.tokens
+
+    @property
+    def n(self) -> int:
+        return min(12 * self.tokens, WORKSPACE_BYTES["cuda"] // (4 * self.V))
+
+
+def shape_of(head: str, tiny: bool = False) -> Shape:
+    """``tiny``: a shape that shows whether everything runs; its V is odd where the head's is."""
+    H, V, softcap = HEADS[head]
+    return Shape(head, 40, 192 + V % 16, softcap, 2, 1) if tiny else Shape(head, H, V, softcap, 8, 128)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel, or one product by the vendor's library, with its operands."""
+
+    kernel: str
+    size: dict[str, int]
+    launch: Callable[[], Any]
+    error: Callable[[Any], float]  #: of a launch's result: RMS, relative to fp64, over its bound; infinite for NaN
+    moved: float  #: bytes
+    operations: float
+    launches: int = 1
+    prepare: Callable[[], Any] = lambda: None  #: restores what a launch changes, and spoils its outputs; not timed
+
+
+class Operands:
+    """Random tensors of one head. Logits have a standard deviation of 2.
+
+    A weight of a wider dtype holds numbers of the narrower: to round them loses nothing.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None):
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.draw = torch.Generator(device).manual_seed(0)
+        self.hidden = self.normal(shape.N, shape.H).to(dtype)
+        self.weight = (self.normal(shape.V, shape.H) * (2 / math.sqrt(shape.H))).to(dtype).to(weight_dtype or dtype)
+        self.targets = torch.randint(shape.V, (shape.N,), generator=self.draw, device=device)
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=self.draw, device=self.device)
+
+    def sample(self, count: int) -> torch.Tensor:
+        """Some of the indices below ``count``, the first and the last among them."""
+        return torch.linspace(0, count - 1, min(count, SAMPLE), device=self.device).long()
+
+
+class Logits:
+    """A chunk's raw products (n, V), with a copy to restore them from."""
+
+    def __init__(self, of: Operands) -> None:
+        n = of.shape.n
+        self.source = of.normal(n, of.shape.V).mul_(2.0)
+        self.memory = torch.empty_like(self.source)
+        self.targets, self.coef, self.options = of.targets[:n], of.normal(n), (None, of.shape.softcap)
+
+    def exact(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logps, dL/dproduct) of some rows in fp64."""
+        leaf, softcap = self.source[rows].double().requires_grad_(), self.options[1]
+        x = leaf if softcap is None else softcap * torch.tanh(leaf / softcap)
+        logps = x.log_softmax(1).gather(1, self.targets[rows, None])[:, 0]
+        (grad,) = torch.autograd.grad(logps, leaf, self.coef[rows].double())
+        return logps.detach(), grad
+
+
+class Gradient:
+    """A chunk's gradient (n, V) in the operand dtype, as ``logit_grad_`` leaves it: in the memory of fp32 rows.
+
+    About ``share`` of its columns exceed the filter's bound.
+    """
+
+    def __init__(self, of: Operands, share: float = 1.0) -> None:
+        n, V = of.shape.n, of.shape.V
+        large = torch.rand(V, generator=of.draw, device=of.device) < share
+        large[-1] = True  # never no column at all
+        self.source = of.normal(n, V).mul_(large).add_(FILTER_EPS / 1000).to(of.dtype)
+        memory = torch.zeros(n, V, device=of.device)  # a CPU's product may read past the end of a 16-bit row
+        self.memory = memory if of.dtype == torch.float32 else memory.view(of.dtype)[:, :V]
+        self.coef = torch.ones(n, device=of.device)
+        self.kept = (self.source.float().abs() > FILTER_EPS).any(0).nonzero()[:, 0]
+
+
+def linear_logprob_work(of: Operands) -> Work:
+    N, H, V, softcap = of.shape.N, of.shape.H, of.shape.V, of.shape.softcap
+
+    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        rows = of.sample(N)
+        exact = naive_linear_logprob(of.hidden[rows].double(), of.weight.double(), of.targets[rows], softcap=softcap)
+        return _over(FP32_BOUND, result[0], rows, exact)
+
+    return Work(
+        "linear_logprob",
+        {"n": N, "H": H, "V": V},
+        lambda: linear_logprob_forward(of.hidden, of.weight, of.targets, None, softcap),
+        error,
+        moved=of.hidden.nbytes + of.weight.nbytes + 20.0 * N,  # int64 targets, logps and two statistics
+        operations=2.0 * N * H * V,
+        launches=2,
+    )
+
+
+def logit_stats_work(of: Operands, logits: Logits) -> Work:
+    n, V = logits.source.shape
+
+    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        rows = of.sample(n)
+        return _over(FP32_BOUND, result[0], rows, logits.exact(rows)[0])
+
+    return Work(
+        "logit_stats",
+        {"n": n, "V": V},
+        lambda: logit_stats(logits.source, logits.targets, *logits.options),
+        error,
+        moved=logits.source.nbytes + 20.0 * n,
+        operations=0.0,
+    )
+
+
+def logit_grad_work(of: Operands, logits: Logits) -> Work:
+    n, V = logits.source.shape
+    stats = logit_stats(logits.source, logits.targets, *logits.options)[1]
+
+    def launch() -> torch.Tensor:
+        return logit_grad_(logits.memory, logits.targets, stats, logits.coef, *logits.options, out_dtype=of.dtype)
+
+    def error(result: torch.Tensor) -> float:
+        rows = of.sample(n)
+        return _over(_rounded(of.dtype), result, rows, logits.exact(rows)[1])
+
+    return Work(
+        "logit_grad",
+        {"n": n, "V": V},
+        launch,
+        error,
+        moved=logits.source.nbytes + float(n) * V * of.dtype.itemsize + 20.0 * n,
+        operations=0.0,
+        prepare=lambda: logits.memory.copy_(logits.source),
+    )
+
+
+def group_loss_work(of: Operands) -> Work:
+    layout = ResponseLayout.from_lengths(of.shape.lengths)
+    token_logps = -3.0 * torch.rand(of.shape.N, generator=of.draw, device=of.device)
+    ref_logps = sequence_logps(token_logps, layout) + 4.0 * of.normal(layout.num_responses)
+    offsets = (layout.tensor("cu_seqlens", of.device), layout.tensor("cu_groups", of.device))
+
+    def error(result: tuple[torch.Tensor, ...]) -> float:
+        leaf = sequence_logps(token_logps.double(), layout).requires_grad_()
+        loss = d2o_loss(leaf, ref_logps.double(), layout, alpha=0.1, beta=0.1).loss
+        return relative_error(result[-1], torch.autograd.grad(loss, leaf)[0]).rms / FP32_BOUND
+
+    return Work(
+        "group_loss",
+        {"n": of.shape.N},
+        lambda: group_loss(token_logps, *offsets, ref_logps, 0.1, 0.1, 0.0, layout.num_prompts),
+        error,
+        moved=token_logps.nbytes + 16.0 * layout.num_responses + 20.0 * layout.num_prompts,
+        operations=0.0,
+    )
+
+
+def filtered_work(of: Operands, gradient: Gradient, label: str, dhidden: bool = True, dweight: bool = True) -> Work:
+    """Both products over the kept columns, or one of them; dWeight is added to an fp32 sum."""
+    (n, V), H, M, size = gradient.source.shape, of.shape.H, len(gradient.kept), of.dtype.itemsize
+    hidden = of.hidden[:n]
+    into = torch.empty_like(hidden) if dhidden else None
+    total = torch.empty(V, H, device=of.device) if dweight else None
+
+    def prepare() -> None:
+        gradient.memory.copy_(gradient.source)
+        if into is not None:
+            into.fill_(math.nan)
+        if total is not None:
+            total.zero_()
+
+    def error(result: torch.Tensor) -> float:
+        found = [0.0 if int(result) == M else math.inf]
+        if into is not None:
+            rows = of.sample(n)
+            exact = gradient.source[rows][:, gradient.kept].double() @ of.weight[gradient.kept].double()
+            found.append(_over(_rounded(of.dtype), into, rows, exact))
+        if total is not None:
+            columns = gradient.kept[of.sample(M)]
+            exact = gradient.source[:, columns].double().T @ hidden.double()
+            found.append(_over(FP32_BOUND, total, columns, exact))
+        return max(found)
+
+    moved = float(gradient.source.nbytes + gradient.coef.nbytes)
+    moved += (M * H + n * H) * size if dhidden else 0
+    moved += n * H * size + 8.0 * M * H if dweight else 0
+    return Work(
+        label,
+        {"n": n, "H": H, "V": V, "M": M},
+        lambda: filtered_products(gradient.memory, gradient.coef, FILTER_EPS, of.weight, hidden, into, total, False),
+        error,
+        moved,
+        operations=2.0 * n * H * M * (dhidden + dweight),
+        launches=7 + dhidden + dweight,  # zeros, flags, the prefix sum's two, the last place, the list, the packing
+        prepare=prepare,
+    )
+
+
+def vendor_work(of: Operands, logits: Logits, gradient: Gradient) -> list[Work]:
+    """The three products of a step as the GPU's path asks the vendor's library for them."""
+    (n, V), H, size = gradient.source.shape, of.shape.H, of.dtype.itemsize
+    hidden, weight, grad, rows = of.hidden[:n], of.weight, gradient.memory, of.sample(n)
+    out, into, total = logits.memory, torch.empty_like(hidden), torch.empty(V, H, device=of.device)
+
+    def logits_error(result: torch.Tensor) -> float:
+        return _over(FP32_BOUND, result, rows, hidden[rows].double() @ weight.double().T)
+
+    def dhidden_error(result: torch.Tensor) -> float:
+        return _over(_rounded(of.dtype), result, rows, gradient.source[rows].double() @ weight.double())
+
+    def dweight_error(result: torch.Tensor) -> float:
+        columns = of.sample(V)
+        return _over(FP32_BOUND, result, columns, gradient.source[:, columns].double().T @ hidden.double())
+
+    def clean() -> None:
+        grad.copy_(gradient.source)
+        total.zero_()
+
+    shape, operations = {"n": n, "H": H, "V": V}, 2.0 * n * H * V
+    operands = float((n * H + V * H) * size)
+    return [
+        Work(
+            "vendor logits",
+            shape,
+            lambda: product_(out, hidden, weight.T),
+            logits_error,
+            operands + 4.0 * n * V,
+            operations,
+            prepare=lambda: out.fill_(math.nan),
+        ),
+        Work(
+            "vendor dhidden",
+            shape,
+            lambda: product_(into, grad, weight),
+            dhidden_error,
+            operands + float(n) * V * size,
+            operations,
+            prepare=clean,
+        ),
+        Work(
+            "vendor dweight",
+            shape,
+            lambda: product_(total, grad.T, hidden, add=True),
+            dweight_error,
+            float((n * H + n * V) * size) + 8.0 * V * H,
+            operations,
+            prepare=clean,
+        ),
+    ]
+
+
+def all_work(of: Operands) -> list[Work]:
+    """Every kernel at this head, the vendor's products last. They share what memory they can: one runs at a time."""
+    logits, dense, sparse = Logits(of), Gradient(of), Gradient(of, share=0.05)
+    return [
+        linear_logprob_work(of),
+        logit_stats_work(of, logits),
+        logit_grad_work(of, logits),
+        group_loss_work(of),
+        filtered_work(of, sparse, "filtered_products, 5%"),
+        filtered_work(of, dense, "filtered_products, all"),
+        *vendor_work(of, logits, dense),
+    ]
+
+
+def _over(bound: float, result: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> float:
+    """The RMS error at some rows over its bound; infinite if any element of the whole result is not finite."""
+    return relative_error(result[rows], exact).rms / bound if bool(result.isfinite().all()) else math.inf
+
+
+def _rounded(dtype: torch.dtype) -> float:
+    return FP32_BOUND if dtype == torch.float32 else ROUNDED_BOUND
