@@ -130,7 +130,8 @@ def _cells(case: list[Row]) -> list[str]:
         ratio = ranked[name]["ms"] / mine["ms"] if name in ranked else None
         cells.append("" if ratio is None else f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}")
     memory = [by_name.get(name, {}).get("memory_bytes") for name in ("ours", "naive")]
-    return [*cells, "" if None in memory else " / ".join(f"{size / 2**20:.0f}" for size in memory) + " MiB"]
+    mebibytes = [f"{size / 2**20:.0f}" for size in memory if size is not None]
+    return [*cells, " / ".join(mebibytes) + " MiB" if len(mebibytes) == 2 else ""]
 
 
 def rewrite(readme: Path, text: str) -> None:

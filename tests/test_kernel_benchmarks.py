@@ -198,7 +198,7 @@ def test_a_tile_that_cannot_be_is_left_out_and_the_table_stays(operands) -> None
     device, before = operands.device, dict(ROW_TILES)
     impossible, good = RowTile(3000, 8), RowTile(512, 4)
     found = tune.tune(stats_entry(device, impossible, good), Stopwatch(device), LATER, rounds=1)
-    assert ROW_TILES == before
+    assert before == ROW_TILES
     assert found.out.keys() == {impossible}
     assert found.out[impossible]
     assert list(found.ms) == ["gpt2, logit_stats", "gemma-2-2b, logit_stats"]
