@@ -240,10 +240,8 @@ def test_the_winner_is_the_fastest_over_all_heads(ms, winner) -> None:
 # ------------------------------------------------------------------------------------------------ sanitizers
 
 
-def test_memcheck_runs_the_marked_tests_and_a_finding_of_racecheck_fails_the_command(
-    tmp_path: Path, monkeypatch
-) -> None:
-    """Their stand-in runs the tests that it is given, one of them for time, and as racecheck finds something instead."""
+def test_memcheck_runs_the_marked_tests_and_a_finding_fails_the_command(tmp_path: Path, monkeypatch) -> None:
+    """Their stand-in runs the tests that it is given, one of them for time; as racecheck it finds something."""
     script = """
 tool=$2; while [ "${1##*python*}" ]; do shift; done
 [ $PYTORCH_NO_CUDA_MEMORY_CACHING = 1 ] || exit 1
