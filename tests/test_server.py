@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from serving import Proxy, free_port, transformers_serve
 from test_anchors import contents, naive_logp
 from test_sampling import chi_square_excess, next_token, peaked_model
 from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
+from benchmarks.serving import Proxy, free_port, transformers_serve
 from d2o_fast import server as server_module
 from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
@@ -262,8 +262,9 @@ FAULTS = {  # what happens on the way, and what the log says of it
     "closed": "RemoteDisconnected",
     "slow": "no answer within 2 s",
     "drip": "no answer within 2 s",
+    "reset": "ConnectionResetError",
     "half": r"half an answer .\d+ bytes, then the end",
-    "429": "HTTP 429 Too Many Requests: .*as the test wants it",
+    "429": "HTTP 429 Too Many Requests: .*injected",
     "500": "HTTP 500",
     "503": "HTTP 503",
     "truncated JSON": "that is not JSON, ending in",
@@ -311,7 +312,7 @@ def test_a_fault_on_the_way_loses_nothing(
     [
         ("more", "6 choices to memory, row 1, where 3 were asked for"),
         ("other tokens", r"reads memory, row 1 as \d+ tokens, and here it has \d+: the server has another tokenizer"),
-        ("400", "refuses memory, row 1 .HTTP 400 Bad Request: .*as the test wants it"),
+        ("400", "refuses memory, row 1 .HTTP 400 Bad Request: .*injected"),
     ],
 )
 def test_what_cannot_pass_is_not_tried_again(served: Any, fault: str, message: str, tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_a_server_that_is_gone_for_good_and_comes_back(
     monkeypatch.setattr(server_module, "ATTEMPTS", 3)
     with Proxy(served[0], dict.fromkeys(range(5, 99), "500"), like_vllm=True) as proxy:
         config = store_config(proxy.url, served[1])
-        with pytest.raises(D2OError, match=r"memory, row 5: HTTP 500 .*as the test wants it.* .attempt 3 of 3"):
+        with pytest.raises(D2OError, match=r"memory, row 5: HTTP 500 .*injected.* .attempt 3 of 3"):
             build(tmp_path / "s", config)
         assert sorted(path.name for path in (tmp_path / "s").glob("*.parquet")) == ["shard-00000.parquet"]
         proxy.faults.clear()

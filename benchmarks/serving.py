@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,25 +26,44 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def transformers_serve(log: Path) -> Iterator[str]:
-    """The address of a server that loads any model by its folder, without a network; stopped at the end."""
+def transformers_serve(log: Path, threads: int = 1) -> Iterator[str]:
+    """The address of a server that loads any model by its folder, without a network; stopped at the end.
+
+    Args:
+        log: where its output goes.
+
+    Raises:
+        RuntimeError: it is not installed (the extra ``test``), ends, or does not answer within two minutes.
+    """
     port = free_port()
     program = Path(sys.executable).parent / "transformers"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     command = [str(program), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                break
+        with open(log, "wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    except OSError as error:
+        raise RuntimeError(f"transformers serve cannot be started: {error}") from error
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None:
+                raise RuntimeError(f"transformers serve ended with {process.returncode}: {log.read_text()[-400:]}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"transformers serve does not answer: {log.read_text()[-400:]}")
             time.sleep(0.2)
         yield url
     finally:
         process.terminate()
         process.wait(20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 class Proxy:
@@ -107,7 +127,7 @@ class Proxy:
             if fault == "429":
                 handler.send_header("Retry-After", "1")
             handler.end_headers()
-            handler.wfile.write(b'{"error": {"message": "as the test wants it"}}')
+            handler.wfile.write(b'{"error": {"message": "injected"}}')
             return
         if fault == "slow":
             time.sleep(4.0)
@@ -132,6 +152,11 @@ class Proxy:
         handler.end_headers()
         if fault == "half":
             handler.wfile.write(data[: len(data) // 2])
+        elif fault == "reset":
+            handler.wfile.write(data[: len(data) // 2])
+            time.sleep(0.1)  # the half arrives
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(handler.connection.detach())  # RST instead of an end
         elif fault == "drip":
             for i in range(0, len(data), len(data) // 40):  # whole in the end, after four seconds
                 handler.wfile.write(data[i : i + len(data) // 40])

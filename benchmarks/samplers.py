@@ -1,0 +1,286 @@
+"""Anchors per second: this package's samplers beside plain loops over ``generate``, on this CPU.
+
+    python -m benchmarks.samplers             # three minutes on two idle cores
+    python -m benchmarks.samplers --quick     # everything once, in seconds; not a measurement
+
+All draw the same number of responses from one Llama with random weights, made on the spot, with the same number of
+threads; in every round each of them once, in an order of its own. Before any time is taken each must draw from the
+softmax: right counts, each response ended by EOS or by its length, first tokens as often as their probabilities say.
+
+Writes ``samplers-cpu.md``. K responses of one prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.runner import RESULTS, about_this_run
+from benchmarks.serving import transformers_serve
+from d2o_fast.config import D2OConfig
+from d2o_fast.data import rows_from
+from d2o_fast.sampling import Engine, sample_responses
+from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
+from d2o_fast.tokens import tokenize_drawn
+
+V, EOS = 64, 0
+SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONCURRENCY = 8  #: prompts under way at a time on a server
+BOUND = 5.0  #: standard deviations of the statistic within which first tokens count as drawn from the softmax
+
+Draws = list[list[list[int]]]
+Sampler = Callable[[Sequence[Sequence[int]], int, int, int], Draws]  #: prompts, K, most tokens, seed
+
+
+@dataclass(frozen=True)
+class Work:
+    """G prompts of P tokens, K responses of at most R tokens to each."""
+
+    G: int
+    P: int
+    K: int
+    R: int
+
+    def prompts(self) -> list[list[int]]:
+        chance = random.Random(0)
+        return [[chance.randrange(1, V) for _ in range(self.P)] for _ in range(self.G)]
+
+
+FULL, QUICK = Work(G=8, P=24, K=11, R=32), Work(G=2, P=6, K=3, R=4)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of the words w1 to w63, and EOS: every response is its text, and the other way round."""
+    words = {"</s>": EOS, **{f"w{i}": i for i in range(1, V)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def random_model(seed: int = 0) -> Any:
+    """A Llama with random weights and uneven next-token probabilities: about 1 in 60 tokens is EOS."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=V, **SIZES, pad_token_id=EOS, bos_token_id=None, eos_token_id=EOS)
+        model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+# --- The samplers ------------------------------------------------------------------------------------------------
+
+
+def generate_loop(model: Any, together: bool) -> Sampler:
+    """What one writes first: ``generate`` on a prompt, for K responses at once or for one at a time."""
+
+    def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
+        torch.manual_seed(seed)
+        draws = []
+        for prompt in prompts:
+            ids, of_prompt = torch.tensor([prompt]), list[list[int]]()
+            while len(of_prompt) < num:
+                count = num if together else 1
+                with torch.no_grad():
+                    out = model.generate(
+                        ids, do_sample=True, top_k=0, max_new_tokens=longest, num_return_sequences=count
+                    )
+                of_prompt += [_until_eos(response) for response in out[:, len(prompt) :].tolist()]
+            draws.append(of_prompt)
+        return draws
+
+    return sample
+
+
+def ours(model: Any, engine: Engine) -> Sampler:
+    """``sample_responses``, which ``d2o sample`` calls."""
+
+    def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
+        options: dict[str, Any] = {"eos_token_ids": [EOS], "pad_token_id": EOS, "seed": seed, "engine": engine}
+        return sample_responses(model, prompts, num, max_new_tokens=longest, **options)
+
+    return sample
+
+
+def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
+    """``server.py``, texts made into tokens again."""
+    server = ServerSampler(url, name, CONCURRENCY, 120.0)
+
+    def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        asked = [ServerPrompt(t, len(p), f"prompt {i}") for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
+        draws = server.sample(asked, num, Sampling(longest, 1.0, 1.0, (EOS,), (seed,)))
+        rows = rows_from([{"prompt": text, "rejected": " w1"} for text in texts])
+        # The blank that stands between words is not in a text that begins with one.
+        drawn = [[(f" {draw.text}" if draw.text else "", draw.ended) for draw in of_prompt] for of_prompt in draws]
+        longest_config = D2OConfig(max_length=4096, max_completion_length=longest)
+        return tokenize_drawn(rows, drawn, tokenizer, longest_config, [EOS])
+
+    return sample
+
+
+def _until_eos(response: list[int]) -> list[int]:
+    return response[: response.index(EOS) + 1] if EOS in response else response
+
+
+@contextlib.contextmanager
+def samplers(model: Any, tokenizer: Any) -> Iterator[dict[str, Sampler | str]]:
+    """Every sampler by name; in place of one that cannot run here, why."""
+    found: dict[str, Sampler | str] = {
+        "generate, one response at a time": generate_loop(model, together=False),
+        "generate, one prompt at a time (num_return_sequences = K)": generate_loop(model, together=True),
+        "d2o-fast in process (engine generate)": ours(model, "generate"),
+        "d2o-fast in process (engine continuous: transformers' continuous batching)": ours(model, "continuous"),
+    }
+    server = f"d2o-fast over HTTP (transformers serve, {CONCURRENCY} prompts at a time)"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        try:
+            url = stack.enter_context(transformers_serve(folder / "log.txt", torch.get_num_threads()))
+            found[server] = over_http(url, str(folder / "model"), tokenizer)
+        except RuntimeError as error:
+            found[server] = str(error)
+        yield found
+
+
+# --- The gate ----------------------------------------------------------------------------------------------------
+
+
+def excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Standard deviations by which Pearson's statistic exceeds its mean; outcomes expected less than 5 times pooled."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    degrees = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected.clamp_min(1e-9)).sum()
+    return float((statistic - degrees) / math.sqrt(2 * degrees))
+
+
+def gate(sampler: Sampler, model: Any, work: Work, num: int) -> str | None:
+    """What is wrong with what it draws, or None.
+
+    A response may be one token short of its length without EOS: ``transformers serve`` says of one that drew EOS as its
+    very last token that its length ended it.
+    """
+    prompts = work.prompts()
+    for i, of_prompt in enumerate(draws := sampler(prompts, work.K, work.R, 1)):
+        if len(of_prompt) != work.K:
+            return f"{len(of_prompt)} responses to prompt {i} instead of {work.K}"
+        for response in of_prompt:
+            inside, last = response[:-1], response[-1]
+            if EOS in inside or not (last == EOS or work.R - 1 <= len(response) <= work.R):
+                return f"a response of {len(response)} tokens that neither EOS nor its length ended"
+    if len(draws) != work.G:
+        return f"responses to {len(draws)} prompts instead of {work.G}"
+    (firsts,) = sampler(prompts[:1], num, 2, 2)
+    counts = torch.bincount(torch.tensor([response[0] for response in firsts]), minlength=V).double()
+    with torch.no_grad():
+        probabilities = model(torch.tensor(prompts[:1])).logits[0, -1].double().softmax(-1)
+    found = excess(counts, probabilities)
+    if not abs(found) < BOUND:
+        return f"first tokens {found:.1f} standard deviations off the softmax ({num} draws)"
+    return None
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------------
+
+
+def measure(model: Any, found: dict[str, Sampler | str], work: Work, rounds: int, num: int) -> list[dict[str, Any]]:
+    """A row for each sampler: why it is not timed, or seconds and tokens of each round."""
+    rows, timed = dict[str, dict[str, Any]](), dict[str, Sampler]()
+    for name, sampler in found.items():
+        reason = sampler if isinstance(sampler, str) else gate(sampler, model, work, num)
+        rows[name] = {"sampler": name, "reason": reason, "seconds": [], "tokens": []}
+        if reason is None and not isinstance(sampler, str):
+            timed[name] = sampler
+    shuffle, order = random.Random(0), list(timed)
+    for r in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            begin = time.perf_counter()
+            draws = timed[name](work.prompts(), work.K, work.R, 100 + r)
+            rows[name]["seconds"].append(time.perf_counter() - begin)
+            rows[name]["tokens"].append(sum(len(response) for of_prompt in draws for response in of_prompt))
+    return list(rows.values())
+
+
+def table(rows: Sequence[dict[str, Any]], work: Work) -> list[str]:
+    """As Markdown; a sampler that was not timed with its reason."""
+    lines = ["| sampler | anchors/s, median [quartiles] | tokens/s | over one prompt at a time |", "|---" * 4 + "|"]
+    rates = {row["sampler"]: [work.G * work.K / seconds for seconds in row["seconds"]] for row in rows}
+    base = next((rate for name, rate in rates.items() if "one prompt at a time" in name and rate), None)
+    for row in rows:
+        rate = rates[row["sampler"]]
+        if not rate:
+            lines.append(f"| {row['sampler']} | **not measured**: {row['reason']} | | |".replace("\n", " "))
+            continue
+        q1, median, q3 = statistics.quantiles(rate, n=4, method="inclusive") if len(rate) > 1 else rate * 3
+        tokens = statistics.median(t / s for t, s in zip(row["tokens"], row["seconds"], strict=True))
+        over = f"{median / statistics.median(base):.2f}" if base else ""
+        lines.append(f"| {row['sampler']} | {median:.1f} [{q1:.1f}, {q3:.1f}] | {tokens:.0f} | {over} |")
+    return lines
+
+
+def heading(title: str, quick: bool, about: dict[str, Any]) -> list[str]:
+    """Title, date, commit, machine and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return [
+        f"# {title}{': a dry run, not a measurement' if quick else ''}",
+        "",
+        f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.samplers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="everything once, in seconds; not a measurement")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, each with every sampler once")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where samplers-cpu.md goes")
+    args = parser.parse_args(argv)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    work, rounds, num = (QUICK, 2, 100) if args.quick else (FULL, args.rounds, 500)
+    model, tokenizer = random_model(), word_tokenizer()
+    with samplers(model, tokenizer) as found:
+        rows = measure(model, found, work, rounds, num)
+    sizes = json.dumps(SIZES).strip("{}").replace('"', "").replace(":", "")
+    text = [
+        *heading("Samplers on a CPU", args.quick, about_this_run("cpu")),
+        f"Llama with random weights, fp32: vocab_size {V}, {sizes}. {work.G} prompts of {work.P} tokens, K = {work.K} "
+        f"responses of at most {work.R} tokens each; {rounds} rounds. The server is a process of its own with as many "
+        "threads; it ignores `n`, so each response is a request.",
+        f"Each sampler first drew the right number of responses, each ended by EOS or its length, and {num} first "
+        f"tokens within {BOUND:g} standard deviations of the softmax. The machine's load average at the end, this work "
+        f"included: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",
+        "",
+        *table(rows, work),
+    ]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "samplers-cpu.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+    return 0 if all(row["seconds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
