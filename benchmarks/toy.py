@@ -255,7 +255,7 @@ def demo_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def rows_of(folder: Path, split: str) -> list[Row]:
+def rows_of(folder: Path, split: str) -> Sequence[Row]:
     """The prompts of ``split`` ("validation" or "held_out") of one seed."""
     return read_rows(str(folder / f"{split}.jsonl"))
 

@@ -9,10 +9,13 @@ K anchors of one prompt; S responses; N response tokens of a batch.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-import logging
 import math
 import os
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,50 +27,65 @@ from transformers import PreTrainedTokenizerBase
 from d2o_fast.adapters import as_initial
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import Row, tokenize_rows
+from d2o_fast.data import Row
 from d2o_fast.drawing import Drawer, instructed
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
 from d2o_fast.references import References, reference_names
-from d2o_fast.shards import SCHEMA, begin, locked, read_manifest, read_shard, shard_name, write_shard
+from d2o_fast.shards import SCHEMA, begin, check_shard, locked, read_manifest, shard_name, write_shard
+from d2o_fast.stored import EXAMPLE_COLUMNS, ROW_COLUMNS, Shards, Stored, example_of, row_of
+from d2o_fast.tokens import tokenized
 
 __all__ = ["AnchorStore", "build_store", "expected_fingerprint"]
-
-logger = logging.getLogger("d2o_fast")
 
 
 class AnchorStore:
     """Anchors and reference scores of one split of the data, read from a folder that ``build_store`` made."""
 
-    def __init__(self, folder: str, manifest: dict[str, Any], shards: list[pa.Table | None]) -> None:
+    def __init__(self, folder: str, manifest: dict[str, Any], digests: Sequence[str | None]) -> None:
         self.folder = folder
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.num_rows: int = manifest["num_rows"]
-        self._shards = shards
+        self._shards = Shards(Path(folder), self.fingerprint["sampling_batch_size"], digests)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], require_complete: bool = True) -> AnchorStore:
-        """Reads and verifies every shard.
+        """Verifies every shard, and keeps none: rows are read when they are asked for.
 
         Raises:
             D2OError: no such folder, no manifest, shards that are missing (unless ``require_complete`` is false) or
                 damaged; each is named.
         """
         manifest = read_manifest(Path(folder))
-        shards = [read_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
-        store = cls(str(folder), manifest, shards)
-        if require_complete and not store.complete:
-            missing = [i for i, shard in enumerate(shards) if shard is None]
+        digests = [check_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
+        store = cls(str(folder), manifest, digests)
+        if require_complete and store.missing:
             raise D2OError(
-                f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is "
-                f"{shard_name(missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
+                f"{folder}: {len(store.missing)} of {len(digests)} shards are missing, the first is "
+                f"{shard_name(store.missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
             )
         return store
 
     @property
+    def num_shards(self) -> int:
+        """How many there are when the store is complete."""
+        return len(self._shards.digests)
+
+    @property
+    def num_present(self) -> int:
+        """How many rows are there."""
+        size = self._shards.size
+        return self.num_rows - sum(min(size, self.num_rows - i * size) for i in self.missing)
+
+    @property
+    def missing(self) -> list[int]:
+        """The shards that are not made yet."""
+        return [i for i, digest in enumerate(self._shards.digests) if digest is None]
+
+    @property
     def complete(self) -> bool:
         """Whether every shard is there."""
-        return all(shard is not None for shard in self._shards)
+        return not self.missing
 
     @property
     def digest(self) -> str:
@@ -81,62 +99,57 @@ class AnchorStore:
             pairs = {name: (self.fingerprint.get(name), expected.get(name)) for name in names}
             raise FingerprintError(self.folder, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
 
-    @property
-    def usable(self) -> list[int]:
-        """Places in the data of the rows that have anchors; the others lost theirs to the filters."""
-        places = list[int]()
-        for shard in self._tables():
-            counts = shard["anchors_ids"].combine_chunks().value_lengths().to_pylist()
-            places += [row for row, count in zip(shard["row"].to_pylist(), counts, strict=True) if count]
-        return places
+    @functools.cached_property
+    def usable(self) -> Sequence[int]:
+        """Places in the data of the rows that have anchors, ascending; the others lost theirs to the filters."""
+        places = array("Q")
+        for record in self.records("row", "anchors_tokens"):
+            if record["anchors_tokens"]:
+                places.append(record["row"])
+        return range(self.num_rows) if len(places) == self.num_rows else places
 
     def lost(self) -> str | None:
         """How many rows have lost all their anchors, the first of them, and where all are listed; None if none has."""
-        if len(self.usable) == self.num_rows:
+        count = self.num_rows - len(self.usable)
+        if not count:
             return None
-        lost = [record for record in self._records() if not record["anchors_ids"]]
-        places = "; ".join(f"{record['source']}, row {record['source_row']}" for record in lost[:3])
+        records = self.records("source", "source_row", "anchors_tokens")
+        lost = (f"{r['source']}, row {r['source_row']}" for r in records if not r["anchors_tokens"])
+        places = "; ".join(itertools.islice(lost, 3))
         return (
-            f"{len(lost)} of {self.num_rows} rows lost all their anchors to the filters and are left out ({places}"
-            f"{'; ...' if len(lost) > 3 else ''}); `d2o anchors inspect {self.folder}` lists them all with the reasons"
+            f"{count} of {self.num_rows} rows lost all their anchors to the filters and are left out ({places}"
+            f"{'; ...' if count > 3 else ''}); `d2o anchors inspect {self.folder}` lists them all with the reasons"
         )
 
-    def dropped(self) -> list[str]:
-        """Why each draw that is no anchor is none (``filters.REASONS``), of all rows."""
-        return [reason for shard in self._tables() for reasons in shard["dropped"].to_pylist() for reason in reasons]
+    def dropped(self) -> Counter[str]:
+        """How many draws are no anchors for each of the ``filters.REASONS``, over all rows."""
+        return Counter(reason for record in self.records("dropped") for reason in record["dropped"])
 
-    def examples(self) -> list[Example]:
-        """Token ids and reference scores of the rows ``usable``, in the order of the data."""
-        return [
-            Example(
-                record["prompt_ids"],
-                record["rejected_ids"],
-                record["anchors_ids"],
-                [record["rejected_ref_logp"], *record["anchors_ref_logps"]],
-            )
-            for record in self._records()
-            if record["anchors_ids"]
-        ]
+    def examples(self) -> Sequence[Example]:
+        """Token ids and reference scores of the rows ``usable``, in the order of the data, read when asked for.
 
-    def rows(self) -> list[Row]:
-        """All rows that the store was made of; ``anchors`` is None where they were sampled."""
-        rows = []
-        for record in self._records():
-            read = json.loads if record["chat"] else str
-            anchors = None if record["sampled"] else [read(anchor) for anchor in record["anchors"]]
-            place = record["source"], record["source_row"]
-            rows.append(Row(read(record["prompt"]), read(record["rejected"]), anchors, *place))
-        return rows
+        Raises:
+            D2OError: the store is incomplete; later, at a row whose shard is gone or changed since it was opened.
+        """
+        self._require_complete()
+        return Stored(self._shards, self.usable, EXAMPLE_COLUMNS, example_of)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        for shard in self._tables():
-            yield from shard.to_pylist()
+    def rows(self) -> Sequence[Row]:
+        """All rows that the store was made of, as ``examples``; ``anchors`` is None where they were sampled."""
+        self._require_complete()
+        return Stored(self._shards, range(self.num_rows), ROW_COLUMNS, row_of)
 
-    def _tables(self) -> Iterator[pa.Table]:
-        for shard in self._shards:
-            if shard is None:
-                raise D2OError(f"{self.folder}: the store is incomplete; run `d2o sample` again to complete it")
-            yield shard
+    def records(self, *columns: str) -> Iterator[dict[str, Any]]:
+        """These columns (``shards.SCHEMA``) of every row that is there, in order, a shard in memory at a time.
+
+        Raises:
+            D2OError: a shard is gone or changed since the store was opened.
+        """
+        return self._shards.records(columns)
+
+    def _require_complete(self) -> None:
+        if not self.complete:
+            raise D2OError(f"{self.folder}: the store is incomplete; run `d2o sample` again to complete it")
 
 
 def build_store(
@@ -167,35 +180,38 @@ def build_store(
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
-    examples = tokenize_rows(rows, tokenizer, config)
+    size = config.sampling_batch_size
+    for _ in tokenized(rows, tokenizer, config):
+        pass  # all rows are looked at before the first is sampled
     if config.sampling_instruction is not None:
-        for _ in instructed([row for row in rows if row.anchors is None], tokenizer, config):
-            pass  # what cannot be drawn is said before the first draw
+        for start in range(0, len(rows), size):
+            to_draw = [row for row in rows[start : start + size] if row.anchors is None]
+            for _ in instructed(to_draw, tokenizer, config):
+                pass  # what cannot be drawn is said before the first draw
     references = References(model, tokenizer, config)
     fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
-    size = config.sampling_batch_size
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // size)}
         manifest = begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
         AnchorStore(str(folder), manifest, []).check(fingerprint)
-        shards = [read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
-        done = sum(shard.num_rows for shard in shards if shard is not None)
+        digests = [check_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
+        store = AnchorStore(str(folder), manifest, digests)
+        done = store.num_present
         if progress is not None:
             progress(done, len(rows))
         maker = None
-        for i, shard in enumerate(shards):
-            if shard is not None:
+        for i, digest in enumerate(digests):
+            if digest is not None:
                 continue
             maker = maker or _ShardMaker(references, fingerprint["stop_token_ids"])
-            part = slice(i * size, (i + 1) * size)
-            table = maker.make(i, rows[part], examples[part])
-            write_shard(folder, i, table)
-            shards[i] = table
-            done += table.num_rows
+            part = rows[i * size : (i + 1) * size]
+            examples = list(tokenized(part, tokenizer, config, log=False))
+            digests[i] = write_shard(folder, i, maker.make(i, part, examples))
+            done += len(part)
             if progress is not None:
                 progress(done, len(rows))
-    return AnchorStore(str(folder), manifest, shards)
+    return store
 
 
 class _ShardMaker:

@@ -231,23 +231,24 @@ def _sample(config: D2OConfig) -> int:
         started = time.perf_counter()
         store = open_store(model, tokenizer, rows, config, name)
         seconds = time.perf_counter() - started
-        examples = store.examples()
-        anchors = [ids for example in examples for ids in example.anchor_ids]
+        rows_left = prompts = negatives = anchors = anchor_tokens = 0
+        for record in store.records("prompt_tokens", "rejected_tokens", "anchors_tokens"):
+            if not record["anchors_tokens"]:
+                continue
+            rows_left += 1
+            prompts += record["prompt_tokens"]
+            negatives += record["rejected_tokens"]
+            anchors += len(record["anchors_tokens"])
+            anchor_tokens += sum(record["anchors_tokens"])
         dropped = store.dropped()
-        filtered = f" ({len(dropped)} draws dropped: {counts_text(dropped)})" if dropped else ""
+        filtered = f" ({dropped.total()} draws dropped: {counts_text(dropped)})" if dropped else ""
         path = choose_engine("auto", torch.empty(0, device=model.device)).name
         print(
-            f"{name}: {len(examples)} negatives of {_mean(e.rejected_ids for e in examples):.1f} tokens, "
-            f"{len(anchors)} anchors of {_mean(anchors):.1f}{filtered}, "
-            f"prompts of {_mean(e.prompt_ids for e in examples):.1f}; "
+            f"{name}: {rows_left} negatives of {negatives / rows_left:.1f} tokens, {anchors} anchors of "
+            f"{anchor_tokens / anchors:.1f}{filtered}, prompts of {prompts / rows_left:.1f}; "
             f"scored on {model.device} ({path}); {seconds:.1f} s; {store.folder}"
         )
     return 0
-
-
-def _mean(sequences: Any) -> float:
-    lengths = [len(ids) for ids in sequences]
-    return sum(lengths) / len(lengths)
 
 
 def _train(config: D2OConfig) -> int:

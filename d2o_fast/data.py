@@ -1,6 +1,6 @@
 """Negatives from files, the Hugging Face hub or memory, read and checked row by row.
 
-What the columns may be: ``columns.py``; token ids: ``tokens.py``.
+What the columns may be: ``columns.py``; where rows are kept: ``rows.py``; token ids: ``tokens.py``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from d2o_fast.columns import USED, Form, Row, form_of, kind
 from d2o_fast.errors import DataError
+from d2o_fast.rows import Digests, LazySequence, RowFile, row_key, taken
 from d2o_fast.tokens import shortened, stop_token_ids, tokenize_rows
 
 __all__ = [
@@ -35,6 +39,8 @@ logger = logging.getLogger("d2o_fast")
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
 _BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
+_BATCH = 256  # rows of a Parquet file that are in memory at a time
+_BUFFER = 1 << 20  # bytes of each of its columns
 
 
 @dataclass(frozen=True)
@@ -45,26 +51,33 @@ class Source:
     columns: str
     unused: list[str]  #: columns of the first record
     count: int
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_rows(name: str | Sequence[str], split: str = "train") -> list[Row]:
+def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
     """The negatives in ``name``: a .jsonl, .json or .parquet file, or the split of a data set on the Hugging Face hub.
 
     ``name`` may be a pattern (``data/*.jsonl``) or a list of names, which are read one after the other. A row with the
-    prompt and negative (and anchors) of an earlier row is left out, and the log says how many were.
+    prompt and negative (and anchors) of an earlier row is left out, and the log says how many were. Rows are read and
+    checked one by one and lie in a temporary file until they are used; a .json file that is one list is parsed whole.
 
     Raises:
         DataError: the first fault found, with its place.
+        D2OError: no room for the temporary file.
     """
-    return without_duplicates(row for source in read_sources(name, split) for row in source.rows)
+    rows = RowFile()
+    read_sources(name, split, rows)
+    return without_duplicates(rows)
 
 
-def read_sources(name: str | Sequence[str], split: str = "train") -> list[Source]:
+def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile | None = None) -> list[Source]:
     """What stands under each of the names that ``name`` means, in order, duplicates included.
+
+    Args:
+        rows: where all rows are put, one source after the other; a file of its own if not given.
 
     Raises:
         DataError: the first fault found, with its place; a pattern that fits no file; a name given twice.
@@ -75,21 +88,20 @@ def read_sources(name: str | Sequence[str], split: str = "train") -> list[Source
     for i, each in enumerate(names):
         if each in names[:i]:
             raise DataError(each, None, None, "named twice in dataset_name", "Name each file once")
-    return [_read_source(each, split) for each in names]
+    rows = RowFile() if rows is None else rows
+    return [_read_source(each, split, rows) for each in names]
 
 
-def without_duplicates(rows: Iterable[Row]) -> list[Row]:
+def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
     """The first of each set of equal rows: the same prompt, negative and anchors. Logs how many were left out."""
-    first: dict[str, Row] = {}
-    count, example = 0, None
-    for row in rows:
-        count += 1
-        key = json.dumps([row.prompt, row.rejected, row.anchors], sort_keys=True)
-        if first.setdefault(key, row) is not row and example is None:
-            example = f"{row.source}, row {row.index} repeats {first[key].source}, row {first[key].index}"
-    if example is not None:
-        logger.info("%d of %d negatives left out as duplicates (%s)", count - len(first), count, example)
-    return list(first.values())
+    repeats, before = Digests(map(row_key, rows)).repeats()
+    if before is None:
+        return rows
+    row, first = rows[repeats[0]], rows[before]
+    example = f"{row.source}, row {row.index} repeats {first.source}, row {first.index}"
+    logger.info("%d of %d negatives left out as duplicates (%s)", len(repeats), len(rows), example)
+    kept = np.delete(np.arange(len(rows), dtype=np.uint64), repeats)
+    return taken(rows, array("Q", kept.tobytes()))
 
 
 def _matching(name: str) -> list[str]:
@@ -102,7 +114,7 @@ def _matching(name: str) -> list[str]:
     return found
 
 
-def _read_source(name: str, split: str) -> Source:
+def _read_source(name: str, split: str, rows: RowFile) -> Source:
     path, extension = os.path.expanduser(name), os.path.splitext(name)[1].lower()
     if extension not in _EXTENSIONS and os.path.isfile(path):
         raise DataError(name, None, None, f"unknown file type '{extension}'", f"Give one of {', '.join(_EXTENSIONS)}")
@@ -110,7 +122,7 @@ def _read_source(name: str, split: str) -> Source:
         if not os.path.exists(path):
             raise DataError(name, None, None, "no such file", "Check dataset_name")
         if os.path.isfile(path):
-            return _source(_read_parquet(path) if extension == ".parquet" else _read_json(path), name)
+            return _source(_read_parquet(path) if extension == ".parquet" else _read_json(path), name, rows)
     import datasets  # slow to import, and only needed for names on the hub
 
     try:
@@ -118,18 +130,22 @@ def _read_source(name: str, split: str) -> Source:
     except Exception as error:  # whatever the hub, a script or a broken file raises: the cause stays attached
         found = f"datasets cannot load split '{split}' ({type(error).__name__}: {shortened(str(error), 300)})"
         raise DataError(name, None, None, found, "Check dataset_name, dataset_split and the network") from error
-    return _source(_numbered(records, name), name)
+    return _source(_numbered(records, name), name, rows)
 
 
-def rows_from(records: Any, source: str = "train_dataset") -> list[Row]:
+def rows_from(records: Any, source: str = "train_dataset") -> Sequence[Row]:
     """The negatives in a list of dicts or a ``datasets.Dataset``, duplicates included; ``Row``s are passed through.
+
+    Those of a list are a list; those of a data set, which has its records on the disk, stay there (``RowFile``).
 
     Raises:
         DataError: as ``read_rows``; ``source`` is the name that its message gives to the data.
     """
+    if isinstance(records, LazySequence) and records and isinstance(records[0], Row):
+        return records
     if isinstance(records, list) and records and all(isinstance(record, Row) for record in records):
         return list(records)
-    return _source(_numbered(records, source), source).rows
+    return _source(_numbered(records, source), source, [] if isinstance(records, list) else RowFile()).rows
 
 
 def _numbered(records: Any, source: str) -> Iterator[tuple[int, Any]]:
@@ -173,20 +189,20 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        row = 0
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
     except (OSError, pyarrow.ArrowException) as error:
         found = f"not readable as Parquet ({shortened(str(error), 200)})"
         raise DataError(path, None, None, found, "Write the file again") from error
 
 
-def _source(records: Iterable[tuple[int, Any]], source: str) -> Source:
-    rows: list[Row] = []
-    count, unused = 0, list[str]()
+def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
+    """Puts the negatives of ``records`` to the end of ``rows``."""
+    count, first, unused = 0, len(rows), list[str]()
     form: Form | None = None
     for index, record in records:
         count += 1
@@ -195,25 +211,26 @@ def _source(records: Iterable[tuple[int, Any]], source: str) -> Source:
         if form is None:
             form = form_of(record, source, index)
             unused = sorted(set(record) - USED[form])
-        rows.extend(form(record, source, index))
+        for row in form(record, source, index):
+            rows.append(row)
     if count == 0:
         raise DataError(source, None, None, "no rows", "Give at least one prompt with its negative")
     assert form is not None
-    if not rows:
+    if len(rows) == first:
         flags = "label = false" if "label" in USED[form] else "is_response_0_safe or is_response_1_safe = false"
         fix = f"D2O learns from negatives: at least one row must have {flags}"
         raise DataError(source, None, None, f"none of {count} rows holds a negative", fix)
     columns = form.__doc__ or ""
-    logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows), columns)
+    logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows) - first, columns)
     if unused:
         logger.info("%s: columns that are not used: %s", source, ", ".join(unused))
-    return Source(source, columns, unused, count, rows)
+    return Source(source, columns, unused, count, taken(rows, range(first, len(rows))))
 
 
 # --- Splitting ---------------------------------------------------------------------------------------------------
 
 
-def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
     """(train, eval): about ``fraction`` of the prompts held out, chosen by a hash of the prompt.
 
     A prompt is never on both sides, written as a string or as the user's only message, and it stays on its side when
@@ -222,17 +239,16 @@ def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[list[Row], li
     Raises:
         DataError: a fraction above 0 that leaves one side without rows.
     """
-    train: list[Row] = []
-    held_out: list[Row] = []
-    for row in rows:
+    train, held_out = array("Q"), array("Q")
+    for i, row in enumerate(rows):
         digest = hashlib.sha256(prompt_key(row).encode()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(row)
+        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(i)
     if fraction > 0 and not (train and held_out):
         side = "training" if not train else "evaluation"
-        prompts = len({prompt_key(row) for row in rows})
+        prompts = Digests(map(prompt_key, rows)).distinct()
         found = f"eval_fraction {fraction} of {prompts} prompts leaves no row for {side}"
         raise DataError(rows[0].source if rows else "rows", None, None, found, "Choose another share or add prompts")
-    return train, held_out
+    return taken(rows, train), taken(rows, held_out)
 
 
 def prompt_key(row: Row) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, prompt_key
+from d2o_fast.rows import Digests
 from d2o_fast.tokens import cut_prompt, encode_rows
 
 BAR = 40  #: characters of a histogram's longest bar
@@ -22,34 +24,35 @@ def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) 
         DataError: a row that sampling would refuse for anything but its length.
     """
     limit, most = config.max_length - config.max_completion_length, config.max_completion_length
-    prompts, negatives, anchors = list[int](), list[int](), list[int]()
-    shown, examples = {0, len(rows) // 2, len(rows) - 1}, []
+    prompts, negatives, anchors = Counter[int](), Counter[int](), Counter[int]()
+    given, distinct, first_refused = 0, Digests(), ""
+    shown, examples = {0, len(rows) // 2, len(rows) - 1}, list[str]()
     for i, (row, (prompt_ids, responses, _)) in enumerate(zip(rows, encode_rows(rows, tokenizer), strict=True)):
-        prompts.append(len(prompt_ids))
-        negatives.append(len(responses[0]))
-        anchors += map(len, responses[1:])
+        prompts[len(prompt_ids)] += 1
+        negatives[len(responses[0])] += 1
+        anchors.update(map(len, responses[1:]))
+        given += row.anchors is not None
+        distinct.add(prompt_key(row))
+        if len(prompt_ids) > config.max_length:
+            first_refused = first_refused or f"{row.source}, row {row.index}"
         if i in shown:
             prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
             examples += _example(row, prompt_ids, responses[0][:most], tokenizer)
-    given = sum(row.anchors is not None for row in rows)
-    distinct = len({prompt_key(row) for row in rows})
-    refused = [row for row, length in zip(rows, prompts, strict=True) if length > config.max_length]
+    refused = _above(config.max_length, prompts)
     side = "start" if config.truncation_mode == "keep_end" else "end"
     lines = [
-        f"{name}: {len(rows)} negatives of {distinct} prompts; {(len(rows) - given) * config.draws} anchors "
-        f"to draw, {len(anchors)} given with {given} rows",
+        f"{name}: {len(rows)} negatives of {distinct.distinct()} prompts; {(len(rows) - given) * config.draws} anchors "
+        f"to draw, {anchors.total()} given with {given} rows",
         *histogram("tokens of a prompt", prompts),
         *histogram("tokens of a negative, its end included", negatives),
         *(histogram("tokens of a given anchor, its end included", anchors) if anchors else []),
-        f"would be cut: {sum(length > limit for length in prompts)} prompts lose their {side} (at {limit} tokens), "
-        f"{sum(length > most for length in negatives)} negatives and {sum(length > most for length in anchors)} given "
-        f"anchors lose their end (at {most})",
+        f"would be cut: {_above(limit, prompts)} prompts lose their {side} (at {limit} tokens), "
+        f"{_above(most, negatives)} negatives and {_above(most, anchors)} given anchors lose their end (at {most})",
     ]
     if refused:
-        place = f"{refused[0].source}, row {refused[0].index}"
         lines.append(
-            f"would be refused: {len(refused)} prompts of more than max_length = {config.max_length} tokens; the first "
-            f"is {place}"
+            f"would be refused: {refused} prompts of more than max_length = {config.max_length} tokens; the first is "
+            f"{first_refused}"
         )
     return "\n".join([*lines, "examples; the loss is on what stands between ⟦ and ⟧:", *examples])
 
@@ -66,13 +69,31 @@ def _example(row: Row, prompt_ids: list[int], negative_ids: list[int], tokenizer
     return [f"  {row.source}, row {row.index}:", f"    {text}"]
 
 
-def histogram(title: str, lengths: Sequence[int]) -> list[str]:
-    """Range, median and mean of the lengths (at least one), and a bar for each power of two: one line each."""
+def histogram(title: str, lengths: Counter[int]) -> list[str]:
+    """Range, median and mean, and a bar for each power of two: one line each.
+
+    Args:
+        lengths: how often each length occurs; at least one does.
+    """
     low, high = min(lengths), max(lengths)
-    counts = Counter(length.bit_length() for length in lengths)
-    lines = [f"{title}: {low} to {high}, median {statistics.median(lengths):g}, mean {statistics.fmean(lengths):.1f}"]
+    mean = sum(length * count for length, count in lengths.items()) / lengths.total()
+    counts = Counter[int]()
+    for length, count in lengths.items():
+        counts[length.bit_length()] += count
+    lines = [f"{title}: {low} to {high}, median {_median(lengths):g}, mean {mean:.1f}"]
     for bits in range(low.bit_length(), high.bit_length() + 1):
         first, last = max(low, 1 << bits >> 1), min(high, (1 << bits) - 1)
         bar = "#" * -(-counts[bits] * BAR // max(counts.values()))
         lines.append(f"  {first:>6} - {last:<6} {counts[bits]:>8} {bar}".rstrip())
     return lines
+
+
+def _median(lengths: Counter[int]) -> float:
+    ordered = sorted(lengths)
+    upto = list(accumulate(lengths[length] for length in ordered))
+    middle = ((upto[-1] - 1) // 2, upto[-1] // 2)  # the same one if the number is odd
+    return sum(ordered[bisect_right(upto, place)] for place in middle) / 2
+
+
+def _above(limit: int, lengths: Counter[int]) -> int:
+    return sum(count for length, count in lengths.items() if length > limit)

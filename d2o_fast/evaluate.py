@@ -61,7 +61,7 @@ def judge_model(
     Raises:
         D2OError: no rows, or a judge that returns neither labels nor numbers, or both.
     """
-    rows = _distinct_prompts(rows)[: config.judge_max_prompts]
+    rows = _distinct_prompts(rows, config.judge_max_prompts)
     if not rows:
         raise D2OError("there are no held-out prompts to judge; set eval_dataset_name or eval_fraction")
     prompts = [example.prompt_ids for example in tokenize_rows(rows, tokenizer, config)]
@@ -103,11 +103,13 @@ def prompt_text(row: Row) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
 
 
-def _distinct_prompts(rows: Sequence[Row]) -> list[Row]:
+def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
     # A prompt with two negatives stands in two rows.
     distinct: dict[str, Row] = {}
     for row in rows:
         distinct.setdefault(repr(row.prompt), row)
+        if len(distinct) == most:
+            break
     return list(distinct.values())
 
 

@@ -13,7 +13,7 @@ import math
 import numbers
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ def settings_text(config: D2OConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
 
 
-def counts_text(dropped: Sequence[str]) -> str:
-    """``3 duplicate, 1 empty``, in the order of ``REASONS``; empty if nothing was dropped."""
+def counts_text(dropped: Iterable[str]) -> str:
+    """Reasons, or how often each occurs, as ``3 duplicate, 1 empty`` in the order of ``REASONS``; empty if none."""
     counts = Counter(dropped)
     return ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])

@@ -23,6 +23,7 @@ from d2o_fast.filters import FunctionScorer, load_scorer
 from d2o_fast.identity import config_digest, digest, tokenizer_digest, weights_digest
 from d2o_fast.models import base_of
 from d2o_fast.references import References
+from d2o_fast.rows import rows_digest
 from d2o_fast.shards import FORMAT
 
 _SETTINGS = (
@@ -65,7 +66,7 @@ def expected_fingerprint(
     return {
         "format": FORMAT,
         **references.fingerprint(),
-        "rows": digest([[row.prompt, row.rejected, row.anchors] for row in rows]),
+        "rows": rows_digest(rows),
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": digest(tokenizer.chat_template) if chat else None,
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),

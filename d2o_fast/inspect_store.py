@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2o_fast.anchors import AnchorStore
 from d2o_fast.dry_run import histogram
 from d2o_fast.errors import D2OError
 from d2o_fast.filters import counts_text, token_overlap
 from d2o_fast.references import describe_references
-from d2o_fast.shards import read_manifest, read_shard
+from d2o_fast.rows import Digests
+from d2o_fast.shards import read_manifest
 from d2o_fast.tokens import shortened
 
 USAGE = """usage: d2o anchors inspect FOLDER              what a store holds: counts, lengths, duplicates, samples
        d2o anchors export FOLDER OUT.jsonl     one line for each anchor: TRL's prompt, chosen, rejected
 
 FOLDER is a store (<output_dir>/anchors/train), or, to inspect, the folder above it."""
+
+_COLUMNS = (
+    *("row", "source", "source_row", "sampled", "prompt", "rejected", "anchors", "prompt_tokens", "anchors_ids"),
+    *("rejected_ids", "anchors_ref_logps", "rejected_ref_logp", "dropped"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,55 +59,89 @@ def _stores(folder: Path) -> list[Path]:
 
 def inspect(folder: Path) -> str:
     """What the store in ``folder`` holds, as text; shards that are still missing are counted."""
-    manifest = read_manifest(folder)
-    records, missing = _records(folder, manifest)
-    if not records:
-        return f"{folder}: none of {manifest['num_shards']} shards is made yet"
-    fingerprint = manifest["fingerprint"]
-    ends = set(fingerprint["stop_token_ids"])
-    anchors = [ids for record in records for ids in record["anchors_ids"]]
-    negatives = [record["rejected_ids"] for record in records]
-    sampled = sum(len(record["anchors_ids"]) for record in records if record["sampled"])
-    usable, lost = [r for r in records if r["anchors_ids"]], [r for r in records if not r["anchors_ids"]]
-    dropped = [reason for record in records for reason in record["dropped"]]
+    store = AnchorStore.open(folder, require_complete=False)
+    if not store.num_present:
+        return f"{folder}: none of {store.num_shards} shards is made yet"
+    seen = _Counts(set(store.fingerprint["stop_token_ids"]))
+    usable, samples = store.usable, list[str]()
+    shown = {usable[i] for i in (0, len(usable) // 2, -1)} if usable else set[int]()
+    for record in store.records(*_COLUMNS):
+        seen.add(record)
+        if record["row"] in shown:
+            samples += _sample(record)
     settings = ("num_generations", "temperature", "top_p", "sampling_seed", "max_completion_length", "dtype")
+    instruction = store.fingerprint["sampling_instruction"]
+    anchors, negatives, dropped = seen.anchors.total(), seen.negatives.total(), seen.dropped
     lines = [
-        f"{folder}: {len(records)} of {manifest['num_rows']} negatives"
-        + (f"; {missing} of {manifest['num_shards']} shards are missing" if missing else ""),
-        ", ".join(f"{name} {fingerprint[name]}" for name in settings),
-        *([f"sampling_instruction {instruction!r}"] if (instruction := fingerprint["sampling_instruction"]) else []),
-        f"references: {describe_references(fingerprint, manifest['references'])}",
-        f"{len({record['prompt'] for record in records})} prompts, {len(anchors)} anchors ({sampled} sampled, "
-        f"{len(anchors) - sampled} given with the data)",
-        f"{sampled + len(dropped)} draws, of which the filters dropped {len(dropped)}"
+        f"{folder}: {negatives} of {store.num_rows} negatives"
+        + (f"; {len(store.missing)} of {store.num_shards} shards are missing" if store.missing else ""),
+        ", ".join(f"{name} {store.fingerprint[name]}" for name in settings),
+        *([f"sampling_instruction {instruction!r}"] if instruction else []),
+        f"references: {describe_references(store.fingerprint, read_manifest(folder)['references'])}",
+        f"{seen.texts.distinct()} prompts, {anchors} anchors ({seen.sampled} sampled, {anchors - seen.sampled} given "
+        "with the data)",
+        f"{seen.sampled + dropped.total()} draws, of which the filters dropped {dropped.total()}"
         + (f": {counts_text(dropped)}" if dropped else ""),
-        f"rows that lost all their anchors: {len(lost)} of {len(records)}",
-        *(f"  {r['source']}, row {r['source_row']}: {counts_text(r['dropped'])}" for r in lost),
-        *histogram("tokens of a prompt", [record["prompt_tokens"] for record in records]),
-        *histogram("tokens of a negative", list(map(len, negatives))),
-        _share("negatives cut by their length", sum(ids[-1] not in ends for ids in negatives), negatives),
-        *(_of_anchors(usable, anchors, ends) if anchors else []),
+        f"rows that lost all their anchors: {len(seen.lost)} of {negatives}",
+        *seen.lost,
+        *histogram("tokens of a prompt", seen.prompts),
+        *histogram("tokens of a negative", seen.negatives),
+        _share("negatives cut by their length", seen.cut_negatives, negatives),
+        *(seen.of_anchors() if anchors else []),
+        *(["samples, each with its log-probability:", *samples] if anchors else []),
     ]
     return "\n".join(lines)
 
 
-def _of_anchors(records: list[dict[str, Any]], anchors: list[list[int]], ends: set[int]) -> list[str]:
-    overlaps = [token_overlap(ids, r["rejected_ids"], ends) for r in records for ids in r["anchors_ids"]]
-    return [
-        *histogram("tokens of an anchor", list(map(len, anchors))),
-        _share(
-            "exact duplicates (anchors that repeat one of the same prompt and negative)", _repeats(records), anchors
-        ),
-        _share("anchors cut by their length (no stop token)", sum(ids[-1] not in ends for ids in anchors), anchors),
-        _share("empty anchors (a stop token alone)", sum(len(ids) == 1 and ids[0] in ends for ids in anchors), anchors),
-        f"log-probability under the reference, nats per token: anchors {_per_token(records, 'anchors'):.3f}, negatives "
-        f"{_per_token(records, 'rejected'):.3f}",
-        "token overlap of an anchor with its negative (tokens in common / tokens in either, repeats counted): mean "
-        f"{sum(overlaps) / len(overlaps):.3f}, largest {max(overlaps):.3f}",
-        _share("anchors with an overlap of 0.5 or more", sum(overlap >= 0.5 for overlap in overlaps), anchors),
-        "samples, each with its log-probability:",
-        *(line for i in sorted({0, len(records) // 2, len(records) - 1}) for line in _sample(records[i])),
-    ]
+class _Counts:
+    """What is counted while the rows of a store go by."""
+
+    def __init__(self, ends: set[int]) -> None:
+        self.ends = ends
+        self.prompts, self.negatives, self.anchors = Counter[int](), Counter[int](), Counter[int]()  # by tokens
+        self.texts, self.dropped, self.lost = Digests(), Counter[str](), list[str]()
+        self.sampled = self.repeats = self.cut_anchors = self.cut_negatives = self.empty = self.overlapping = 0
+        self.anchors_logp = self.negatives_logp = self.overlap = self.largest_overlap = 0.0
+        self.scored_tokens = 0  # of negatives
+
+    def add(self, record: dict[str, Any]) -> None:
+        anchors, negative, ends = record["anchors_ids"], record["rejected_ids"], self.ends
+        self.texts.add(record["prompt"])
+        self.prompts[record["prompt_tokens"]] += 1
+        self.negatives[len(negative)] += 1
+        self.cut_negatives += negative[-1] not in ends
+        self.dropped.update(record["dropped"])
+        if not anchors:
+            self.lost.append(f"  {record['source']}, row {record['source_row']}: {counts_text(record['dropped'])}")
+            return
+        self.anchors.update(map(len, anchors))
+        self.sampled += len(anchors) if record["sampled"] else 0
+        self.repeats += len(anchors) - len(set(map(tuple, anchors)))
+        self.cut_anchors += sum(ids[-1] not in ends for ids in anchors)
+        self.empty += sum(len(ids) == 1 and ids[0] in ends for ids in anchors)
+        self.anchors_logp += sum(record["anchors_ref_logps"])
+        self.negatives_logp += record["rejected_ref_logp"]
+        self.scored_tokens += len(negative)
+        overlaps = [token_overlap(ids, negative, ends) for ids in anchors]
+        self.overlap += sum(overlaps)
+        self.largest_overlap = max(self.largest_overlap, *overlaps)
+        self.overlapping += sum(overlap >= 0.5 for overlap in overlaps)
+
+    def of_anchors(self) -> list[str]:
+        """What is said of anchors where there are any."""
+        anchors = self.anchors.total()
+        tokens = sum(length * count for length, count in self.anchors.items())
+        return [
+            *histogram("tokens of an anchor", self.anchors),
+            _share("exact duplicates (anchors that repeat one of the same prompt and negative)", self.repeats, anchors),
+            _share("anchors cut by their length (no stop token)", self.cut_anchors, anchors),
+            _share("empty anchors (a stop token alone)", self.empty, anchors),
+            f"log-probability under the reference, nats per token: anchors {self.anchors_logp / tokens:.3f}, negatives "
+            f"{self.negatives_logp / self.scored_tokens:.3f}",
+            "token overlap of an anchor with its negative (tokens in common / tokens in either, repeats counted): mean "
+            f"{self.overlap / anchors:.3f}, largest {self.largest_overlap:.3f}",
+            _share("anchors with an overlap of 0.5 or more", self.overlapping, anchors),
+        ]
 
 
 def export(folder: Path, out: Path) -> int:
@@ -110,25 +152,28 @@ def export(folder: Path, out: Path) -> int:
     Raises:
         D2OError: an incomplete store, or a file ``out`` that is there already.
     """
-    manifest = read_manifest(folder)
-    records, missing = _records(folder, manifest)
-    if missing:
-        raise D2OError(f"{folder}: {missing} shards are missing; run `d2o sample` again to complete the store")
+    store = AnchorStore.open(folder, require_complete=False)
+    if store.missing:
+        found = f"{len(store.missing)} shards are missing"
+        raise D2OError(f"{folder}: {found}; run `d2o sample` again to complete the store")
     if out.exists():
         raise D2OError(f"{out} is there already; remove it or give another name")
     count, temporary = 0, out.with_name(out.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            for line in _pairs(records):
+            for line in _pairs(store.records("chat", "sampled", "prompt", "rejected", "anchors")):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
+        os.replace(temporary, out)
     except OSError as error:
         raise D2OError(f"{out} cannot be written: {error.strerror}") from error
-    os.replace(temporary, out)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
     return count
 
 
-def _pairs(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _pairs(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for record in records:
         read = json.loads if record["chat"] else str
         for anchor in record["anchors"]:
@@ -139,24 +184,8 @@ def _pairs(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"prompt": read(record["prompt"]), "chosen": chosen, "rejected": read(record["rejected"])}
 
 
-def _records(folder: Path, manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """(the rows of the shards that are there, how many shards are not)"""
-    shards = [read_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
-    return [row for shard in shards if shard is not None for row in shard.to_pylist()], shards.count(None)
-
-
-def _repeats(records: list[dict[str, Any]]) -> int:
-    return sum(len(r["anchors_ids"]) - len({tuple(ids) for ids in r["anchors_ids"]}) for r in records)
-
-
-def _share(what: str, count: int, among: Sequence[Any]) -> str:
-    return f"{what}: {count} of {len(among)} ({count / len(among):.1%})"
-
-
-def _per_token(records: list[dict[str, Any]], which: str) -> float:
-    if which == "rejected":
-        return sum(r["rejected_ref_logp"] for r in records) / sum(r["rejected_tokens"] for r in records)
-    return sum(sum(r["anchors_ref_logps"]) for r in records) / sum(sum(r["anchors_tokens"]) for r in records)
+def _share(what: str, count: int, among: int) -> str:
+    return f"{what}: {count} of {among} ({count / among:.1%})"
 
 
 def _sample(record: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ class Order:
         self.config, self.count = config, count
         self.prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(count / self.prompts_per_step)
-        self._shuffled: tuple[int, list[int]] | None = None  # the last epoch that was asked for
+        self._shuffled: tuple[int, torch.Tensor] | None = None  # the last epoch that was asked for
 
     @property
     def num_steps(self) -> int:
@@ -35,8 +35,9 @@ class Order:
         if self._shuffled is None or self._shuffled[0] != epoch:
             digest = hashlib.sha256(f"{self.config.seed}/{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._shuffled = epoch, torch.randperm(self.count, generator=generator).tolist()
-        return self._shuffled[1][position * self.prompts_per_step :][: self.prompts_per_step]
+            self._shuffled = epoch, torch.randperm(self.count, generator=generator)
+        first = position * self.prompts_per_step
+        return self._shuffled[1][first : first + self.prompts_per_step].tolist()
 
     def epoch_of(self, step: int) -> float:
         """Epochs done before ``step``, 1.5 in the middle of the second."""

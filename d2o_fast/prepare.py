@@ -20,6 +20,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, prompt_key, read_rows, split_by_prompt
 from d2o_fast.errors import D2OError
 from d2o_fast.models import base_of, load_model, quiet_transformers, refuse_quantised
+from d2o_fast.rows import Digests
 
 logger = logging.getLogger("d2o_fast")
 
@@ -38,7 +39,7 @@ def refuse_many_processes() -> None:
         )
 
 
-def read_datasets(config: D2OConfig) -> tuple[list[Row], list[Row] | None]:
+def read_datasets(config: D2OConfig) -> tuple[Sequence[Row], Sequence[Row] | None]:
     """(training rows, held-out rows or None) as the settings name them.
 
     Raises:
@@ -52,9 +53,9 @@ def read_datasets(config: D2OConfig) -> tuple[list[Row], list[Row] | None]:
         if config.eval_fraction > 0:
             raise D2OError("eval_dataset_name and eval_fraction are both set; held-out data come from one of them")
         held_out = read_rows(config.eval_dataset_name, config.dataset_split)
-        shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
+        shared = Digests(map(prompt_key, rows)).shared_with(Digests(map(prompt_key, held_out)))
         if shared:
-            logger.warning("%d prompts of eval_dataset_name are in dataset_name too, and trained on", len(shared))
+            logger.warning("%d prompts of eval_dataset_name are in dataset_name too, and trained on", shared)
         return rows, held_out
     if config.eval_fraction > 0:
         return split_by_prompt(rows, config.eval_fraction)

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
         ("dropped", pa.list_(pa.string())),  # why each draw that is no anchor is none (``filters.REASONS``)
     ]
 )
+
+_MAKE_ANEW = "remove it and its .sha256, and run `d2o sample` again to make it anew"
 
 
 @contextlib.contextmanager
@@ -92,30 +94,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_shard(folder: Path, i: int, table: pa.Table) -> None:
-    """Puts shard ``i`` in place, whole."""
+def write_shard(folder: Path, i: int, table: pa.Table) -> str:
+    """Puts shard ``i`` in place, whole; its SHA-256."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
-    name = shard_name(i)
-    _replace_file(folder / f"{name}.sha256", f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode())
+    name, digest = shard_name(i), hashlib.sha256(data).hexdigest()
+    _replace_file(folder / f"{name}.sha256", f"{digest}  {name}\n".encode())
     _replace_file(folder / name, data)  # last: a shard that is there has its digest
+    return digest
 
 
-def read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | None:
-    """The shard, its digest, rows and counts verified; None if it was not made yet."""
+def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
+    """The shard's SHA-256, verified, its rows and counts as well; None if it was not made yet."""
     path = folder / shard_name(i)
     if not path.exists():
         return None
-    fix = "remove it and its .sha256, and run `d2o sample` again to make it anew"
+    fix = _MAKE_ANEW
     try:
-        expected = (folder / f"{path.name}.sha256").read_text().split()[0]
+        digest = (folder / f"{path.name}.sha256").read_text().split()[0]
     except (OSError, IndexError) as error:
         raise D2OError(f"{path}: its digest {path.name}.sha256 is missing; {fix}") from error
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {fix}")
-    table = pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+    table = pq.read_table(pa.BufferReader(_verified(path, digest)), schema=SCHEMA)
     fingerprint = manifest["fingerprint"]
     size, k = fingerprint["sampling_batch_size"], fingerprint["num_generations"]
     draws = fingerprint["num_draws"] or k
@@ -138,7 +138,30 @@ def read_shard(folder: Path, i: int, manifest: dict[str, Any]) -> pa.Table | Non
                 f"{path}, row {row}: {lengths[0]} anchors, but {'a' if has_score else 'no'} score of the "
                 f"negative; {fix}"
             )
-    return table
+    return digest
+
+
+def read_shard(folder: Path, i: int, digest: str, columns: Sequence[str]) -> pa.Table:
+    """``columns`` of a shard that ``check_shard`` found to have ``digest``.
+
+    Raises:
+        D2OError: it is gone since, or another one.
+    """
+    data = pa.BufferReader(_verified(folder / shard_name(i), digest))
+    with pq.ParquetFile(data) as file:
+        return file.read(columns=list(columns), use_threads=False)
+
+
+def _verified(path: Path, digest: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise D2OError(f"{path} is missing; run `d2o sample` again to complete the store") from error
+    except OSError as error:
+        raise D2OError(f"{path} cannot be read ({error.strerror})") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {_MAKE_ANEW}")
+    return data
 
 
 def _replace_file(path: Path, data: bytes) -> None:

@@ -31,9 +31,19 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         DataError: a prompt longer than ``max_length``, messages without a chat template or with one that rewrites the
             prompt when the response is added, a text without tokens.
     """
+    return list(tokenized(rows, tokenizer, config))
+
+
+def tokenized(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, log: bool = True
+) -> Iterator[Example]:
+    """``tokenize_rows`` one row after the other.
+
+    Args:
+        log: says after the last row how many were cut.
+    """
     limit = config.max_length - config.max_completion_length
     cut_prompts = cut_responses = merged = 0
-    examples = []
     for row, (prompt_ids, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):
         if len(prompt_ids) > config.max_length:
             found = f"{len(prompt_ids)} tokens, more than max_length ({config.max_length})"
@@ -43,7 +53,9 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         merged += row_merged
         responses = [response[: config.max_completion_length] for response in responses]
         prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
-        examples.append(Example(prompt_ids, responses[0], responses[1:], []))
+        yield Example(prompt_ids, responses[0], responses[1:], [])
+    if not log:
+        return
     if merged:
         logger.info(
             "%d of %d rows: a token would span the end of the prompt; their responses were tokenised alone",
@@ -58,7 +70,6 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         cut_responses,
         config.max_completion_length,
     )
-    return examples
 
 
 def encode_rows(

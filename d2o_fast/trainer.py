@@ -40,6 +40,7 @@ from d2o_fast.prepare import (
 )
 from d2o_fast.references import describe_references, reference_names
 from d2o_fast.refresh import Refresher, Window
+from d2o_fast.rows import taken
 from d2o_fast.sharing import Sharing, choose_sharing
 from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
 
@@ -95,8 +96,8 @@ class D2OTrainer:
             "eval": _rows(eval_dataset, "eval_dataset"),
         }
         self.stores: dict[str, AnchorStore] = {}
-        self.rows: dict[str, list[Row]] = {}
-        self.examples: dict[str, list[Example]] = {}
+        self.rows: dict[str, Sequence[Row]] = {}
+        self.examples: dict[str, Sequence[Example]] = {}
         self.callbacks = list(callbacks or [])
         self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
@@ -285,7 +286,7 @@ class D2OTrainer:
             self.stores[name], self.examples[name] = store, store.examples()
             rows = store.rows() if isinstance(data, AnchorStore) else data
             # Held-out prompts without anchors can still be judged.
-            self.rows[name] = rows if name == "eval" else [rows[i] for i in store.usable]
+            self.rows[name] = rows if name == "eval" else taken(rows, store.usable)
         self.examples.setdefault(name, [])
         if name == "train":
             self.order = Order(self.args, len(self.examples[name]))
@@ -351,10 +352,12 @@ class D2OTrainer:
             (temporary / "d2o_config.yaml").write_text(config, encoding="utf-8")
 
     def _described(self, name: str) -> str:
-        examples = self.examples[name]
-        source = ", ".join(f"`{source}`" for source in dict.fromkeys(row.source for row in self.rows[name]))
-        anchors = sum(len(example.anchor_ids) for example in examples)
-        return f"{source}: {len(examples)} negatives, {anchors} anchors (store {self.stores[name].digest[:16]})"
+        store, sources, anchors = self.stores[name], dict[str, None](), 0
+        for record in store.records("source", "anchors_tokens"):
+            if record["anchors_tokens"]:
+                sources[f"`{record['source']}`"] = None
+                anchors += len(record["anchors_tokens"])
+        return f"{', '.join(sources)}: {len(store.usable)} negatives, {anchors} anchors (store {store.digest[:16]})"
 
     def _save_weights(self, folder: Path) -> None:
         options = {} if isinstance(self.model, PreTrainedModel) else {"save_embedding_layers": False}
@@ -378,5 +381,5 @@ class D2OTrainer:
         self.means.num_prompts = extra["num_prompts"]
 
 
-def _rows(data: Any, name: str) -> AnchorStore | list[Row] | None:
+def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
     return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)

@@ -327,7 +327,7 @@ def test_fewer_anchors_than_k_are_not_read(tmp_path):
             records[2][name] = records[2][name][:2]
         shards_module.write_shard(tmp_path / "s", 1, shards_module.pa.Table.from_pylist(records, shards_module.SCHEMA))
         with pytest.raises(D2OError, match=message):
-            shards_module.read_shard(tmp_path / "s", 1, manifest)
+            shards_module.check_shard(tmp_path / "s", 1, manifest)
 
 
 def test_faults_in_the_data_come_before_the_first_sample(tmp_path):

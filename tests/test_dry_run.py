@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+from collections import Counter
+
 import pytest
 from tiny import tiny_rows, tiny_tokenizer
 
@@ -74,8 +78,8 @@ def test_a_fault_is_an_error_here_too() -> None:
 
 
 def test_histogram() -> None:
-    assert histogram("t", [3]) == ["t: 3 to 3, median 3, mean 3.0", "       3 - 3             1 " + "#" * 40]
-    lines = histogram("t", [1, 1, 2, 3, 9])
+    assert histogram("t", Counter([3])) == ["t: 3 to 3, median 3, mean 3.0", "       3 - 3             1 " + "#" * 40]
+    lines = histogram("t", Counter([1, 1, 2, 3, 9]))
     assert [line.split()[:4] for line in lines[1:]] == [
         ["1", "-", "1", "2"],
         ["2", "-", "3", "2"],
@@ -83,3 +87,11 @@ def test_histogram() -> None:
         ["8", "-", "9", "1"],
     ]
     assert [line.count("#") for line in lines[1:]] == [40, 40, 0, 20]
+
+
+def test_the_median_of_counted_lengths() -> None:
+    chance = random.Random(0)
+    for count in (1, 2, 3, 10, 101, 102):
+        lengths = [chance.randrange(1, 40) for _ in range(count)]
+        title = f"t: {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}, mean "
+        assert histogram("t", Counter(lengths))[0] == f"{title}{statistics.fmean(lengths):.1f}"

@@ -26,7 +26,7 @@ from d2o_fast.data import rows_from
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.filters import AnchorFilter, ClassifierScorer, Filtered, counts_text, token_overlap
 from d2o_fast.inspect_store import export, inspect
-from d2o_fast.shards import read_manifest, read_shard, write_shard
+from d2o_fast.shards import SCHEMA, check_shard, read_manifest, read_shard, write_shard
 
 ALL = {"drop_duplicate_anchors": True, "drop_empty_anchors": True, "drop_truncated_anchors": True}
 SCORES = """
@@ -241,7 +241,7 @@ def test_the_store_holds_what_is_left_of_the_same_draws(tmp_path: Path) -> None:
     whole = build(tmp_path / "whole", model=ending_model(), config=replace(CONFIG, num_generations=5)).examples()
     store = build(tmp_path / "s", model=ending_model(), config=FILTERED)
     counts = []
-    for place, (example, record) in enumerate(zip(store.examples(), store._records(), strict=True)):
+    for place, (example, record) in enumerate(zip(store.examples(), store.records(*SCHEMA.names), strict=True)):
         drawn = [ids for ids in whole[place].anchor_ids if ids[-1] == 2]
         distinct = [ids for i, ids in enumerate(drawn) if ids not in drawn[:i]]
         assert example.anchor_ids == distinct[:3]
@@ -254,7 +254,7 @@ def test_the_store_holds_what_is_left_of_the_same_draws(tmp_path: Path) -> None:
         counts.append(len(example.anchor_ids))
     assert min(counts) < 3 <= max(counts), "K is ragged"
     assert counts_text(store.dropped()) == ", ".join(
-        f"{store.dropped().count(reason)} {reason}" for reason in ("truncated", "duplicate", "surplus")
+        f"{store.dropped()[reason]} {reason}" for reason in ("truncated", "duplicate", "surplus")
     )
     assert store.lost() is None
     assert AnchorStore.open(tmp_path / "s").examples() == store.examples()
@@ -264,10 +264,10 @@ def test_a_row_that_loses_everything_stays_in_the_store(tmp_path: Path, scores: 
     """Rows 3 and 4 ("bake", "mend") score below the threshold; the given anchors of the last row are not touched."""
     given = {"prompt": "how to bake", "rejected": " no", "anchors": [" it", " it"]}
     store = build(tmp_path / "s", [*tiny_rows(6), given], config=LOSING)
-    assert store.usable == [0, 1, 4, 5, 6]
+    assert list(store.usable) == [0, 1, 4, 5, 6]
     assert [len(example.anchor_ids) for example in store.examples()] == [3, 3, 3, 3, 2]
     assert store.rows() == rows_from([*tiny_rows(6), given], "memory")
-    lost = list(store._records())[2]
+    lost = list(store.records(*SCHEMA.names))[2]
     assert lost["anchors"] == lost["anchors_ids"] == lost["anchors_ref_logps"] == lost["anchors_tokens"] == []
     assert lost["rejected_ref_logp"] is None
     assert lost["dropped"] == ["score"] * 3
@@ -291,7 +291,7 @@ def test_a_row_that_loses_everything_stays_in_the_store(tmp_path: Path, scores: 
 def test_inspect_where_nothing_is_left(tmp_path: Path, scores: Any) -> None:
     config = replace(CONFIG, anchor_score="anchor_scores:nothing", min_anchor_score=0.0)
     store = build(tmp_path / "s", config=config)
-    assert store.usable == []
+    assert not store.usable
     text = inspect(tmp_path / "s")
     assert "\n30 draws, of which the filters dropped 30: 30 score\nrows that lost all their anchors: 10 of 10\n" in text
     assert "tokens of an anchor" not in text
@@ -300,12 +300,11 @@ def test_inspect_where_nothing_is_left(tmp_path: Path, scores: Any) -> None:
 def test_a_shard_whose_counts_do_not_add_up_is_refused(tmp_path: Path, scores: Any) -> None:
     import pyarrow as pa
 
-    from d2o_fast.shards import SCHEMA
-
     build(tmp_path / "s", tiny_rows(4), config=LOSING)
     manifest = read_manifest(tmp_path / "s")
-    table = read_shard(tmp_path / "s", 0, manifest)
-    assert table is not None
+    digest = check_shard(tmp_path / "s", 0, manifest)
+    assert digest is not None
+    table = read_shard(tmp_path / "s", 0, digest, SCHEMA.names)
     for row, column, value, message in (
         (2, "dropped", ["score"] * 2, "row 2: 0 anchors, 0 scores and 2 dropped draws, of 3 draws for 3 anchors"),
         (0, "dropped", ["score"], "row 0: 3 anchors, 3 scores and 1 dropped draws"),
@@ -317,7 +316,7 @@ def test_a_shard_whose_counts_do_not_add_up_is_refused(tmp_path: Path, scores: A
         records[row][column] = value
         write_shard(tmp_path / "s", 0, pa.Table.from_pylist(records, schema=SCHEMA))
         with pytest.raises(D2OError, match=message):
-            read_shard(tmp_path / "s", 0, manifest)
+            check_shard(tmp_path / "s", 0, manifest)
 
 
 def test_files_of_an_earlier_format_are_named(tmp_path: Path) -> None:

@@ -20,10 +20,9 @@ from d2o_fast.inspect_store import export, inspect, main
 
 def rewritten(folder: Path, **columns: Any) -> None:
     """Gives the first row of the store other values, in a shard that is whole again."""
-    manifest = shards.read_manifest(folder)
-    table = shards.read_shard(folder, 0, manifest)
-    assert table is not None
-    records = table.to_pylist()
+    digest = shards.check_shard(folder, 0, shards.read_manifest(folder))
+    assert digest is not None
+    records = shards.read_shard(folder, 0, digest, shards.SCHEMA.names).to_pylist()
     records[0].update(columns)
     shards.write_shard(folder, 0, shards.pa.Table.from_pylist(records, schema=shards.SCHEMA))
 
@@ -31,6 +30,7 @@ def rewritten(folder: Path, **columns: Any) -> None:
 def test_what_inspect_prints(tmp_path: Path) -> None:
     store = build(tmp_path / "s", [*tiny_rows(3), {**tiny_rows(1)[0], "rejected": " it", "anchors": [" to", " to"]}])
     negative = store.examples()[0].rejected_ids
+    records = list(store.records(*shards.SCHEMA.names))
     ids = [[*negative[:-1], 2], [7] * 12, [2]]
     rewritten(
         tmp_path / "s",
@@ -46,7 +46,6 @@ def test_what_inspect_prints(tmp_path: Path) -> None:
     assert "same prompt and negative): 1 of 11 (9.1%)" in text
     assert "empty anchors (a stop token alone): 1 of 11 " in text
     assert "negatives cut by their length: 0 of 4 (0.0%)" in text
-    records = [r for t in store._shards for r in t.to_pylist()]  # type: ignore[union-attr]
     records[0].update(anchors_ids=ids, anchors_ref_logps=[-10.0, -20.0, -3.0])
     anchors = [a for r in records for a in r["anchors_ids"]]
     assert f"anchors cut by their length (no stop token): {sum(a[-1] != 2 for a in anchors)} of 11" in text
@@ -86,7 +85,7 @@ def test_export_for_trl(tmp_path: Path) -> None:
     store = build(tmp_path / "s", tiny_rows(5))
     assert export(tmp_path / "s", tmp_path / "out.jsonl") == 15
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    texts = [text for table in store._shards for texts in table["anchors"].to_pylist() for text in texts]  # type: ignore
+    texts = [text for record in store.records("anchors") for text in record["anchors"]]
     assert [line["chosen"] for line in lines] == texts
     for line, row in zip(lines, [row for row in tiny_rows(5) for _ in range(3)], strict=True):
         assert (line["prompt"], line["rejected"]) == (row["prompt"], row["rejected"])

@@ -438,8 +438,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: AnchorSt
     run = trainer(tmp_path, store, logging_steps=7, save_steps=2, max_steps=9)
     run._prepare("train")
     broken = run.order.prompts_of(2)[1]  # in step 3, after the checkpoint of step 2 and before the one of step 4
-    example = run.examples["train"][broken]
-    run.examples["train"][broken] = dataclasses.replace(example, ref_logps=[math.nan, *example.ref_logps[1:]])
+    examples = list(run.examples["train"])
+    scores = [math.nan, *examples[broken].ref_logps[1:]]
+    examples[broken] = dataclasses.replace(examples[broken], ref_logps=scores)
+    run.examples["train"] = examples
     with pytest.raises(D2OError, match=rf"step 3: .*train_dataset, row {broken + 1}\b"):
         run.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

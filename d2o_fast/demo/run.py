@@ -204,14 +204,14 @@ def write_config(folder: Path, seed: int, budget: Budget) -> dict[str, Any]:
     return settings
 
 
-def judged(model: Any, tokenizer: Any, rows: list[Row], config: D2OConfig) -> Shares:
+def judged(model: Any, tokenizer: Any, rows: Sequence[Row], config: D2OConfig) -> Shares:
     """Shares of harmful, helpful and garbage responses to the prompts of ``rows``."""
     metrics, _ = judge_model(model, tokenizer, rows, world.judge, config)
     return {label: metrics[f"judge/{label}"] for label in world.LABELS}
 
 
 def train_baseline(
-    method: str, model: Any, tokenizer: Any, feedback: list[dict[str, object]], rows: list[Row], config: D2OConfig
+    method: str, model: Any, tokenizer: Any, feedback: list[dict[str, object]], rows: Sequence[Row], config: D2OConfig
 ) -> list[tuple[int, Shares]]:
     """Trains ``model`` in place with ``examples/baselines.py``, under the settings of ``config`` that D2O has too.
 
@@ -244,7 +244,7 @@ def _baseline_result(
     model: Any,
     tokenizer: Any,
     feedback: list[dict[str, object]],
-    rows: list[Row],
+    rows: Sequence[Row],
     config: D2OConfig,
     generations: int,
     before: Shares,
