@@ -228,7 +228,8 @@ def _table(
         cells = [name(variant)]
         for label, worst in (("harmful", max), ("helpful", min), ("garbage", max)):
             values = [100 * run["curve"][-1][1][label] for run in runs]
-            cells.append(f"{statistics.mean(values):.1f} ± {interval(values):.1f} ({worst(values):.1f})")
+            spread = f" ± {interval(values):.1f}" if len(values) > 2 else ""  # of two values it says nothing
+            cells.append(f"{statistics.mean(values):.1f}{spread} ({worst(values):.1f})")
         last = runs[0]["curve"][-1][0]
         looks = [(step, shares) for run in runs for step, shares in run["curve"] if step > 0]
         cells.append(f"{max(100 * shares['harmful'] for step, shares in looks if step >= last / 4):.1f}")
