@@ -91,7 +91,7 @@ def _loss() -> dict[str, Any]:
     try:
         runs = choose_engine("auto", probe).name
     except (ImportError, ValueError) as error:  # on a GPU without Triton nothing runs unless torch is asked for
-        return {"runs": "none", "not": {"triton": str(error), "torch": "where sampling_engine names it"}}
+        return {"runs": "none", "not": {"triton": str(error), "torch": "only where backend='torch' asks for it"}}
     if runs == "torch":
         try:
             choose_engine("triton", probe)

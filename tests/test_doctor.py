@@ -55,6 +55,18 @@ def test_more_processes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine()["paths"]["processes"]["runs"].startswith("none")
 
 
+def test_without_a_loss_path_both_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without Triton: the torch path runs there only where the caller names it."""
+
+    def none(backend: str, probe: torch.Tensor) -> None:
+        raise ImportError("no Triton here")
+
+    monkeypatch.setattr(doctor, "choose_engine", none)
+    found = doctor.examine()["paths"]["loss"]
+    assert found["runs"] == "none"
+    assert found["not"] == {"triton": "no Triton here", "torch": "only where backend='torch' asks for it"}
+
+
 def test_other_arguments_are_refused() -> None:
     with pytest.raises(D2OError, match="takes --json"):
         doctor.main(["--jsn"])
