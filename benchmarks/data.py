@@ -197,6 +197,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from benchmarks.report import heading, write
     from benchmarks.runner import RESULTS, about_this_run
 
     parser = argparse.ArgumentParser("python -m benchmarks.data", description=(__doc__ or "").splitlines()[0])
@@ -216,19 +217,14 @@ def main(argv: list[str] | None = None) -> int:
             print(results[-2:], flush=True)
     about = about_this_run("cpu")
     about["versions"] |= {name: importlib.metadata.version(name) for name in ("tokenizers", "pyarrow", "numpy")}
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = [
-        "# Memory and the number of rows",
-        "",
-        f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.",
+        *heading("Memory and the number of rows", about),
         f"Prompts and negatives of 50 to 100 words; K = {K} anchors of 8 to 20 words, {SHARD} rows in a shard, {STEP} "
         "prompts packed at once. Each line is one run of a process of its own, its start-up included.",
         "",
         *table(sorted(results, key=lambda result: list(TITLES).index(result["what"]))),
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "data-cpu.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+    write(args.output_dir / "data-cpu.md", text)
     return 0
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import toy
+from benchmarks.runner import commit
 from d2o_fast.anchors import AnchorStore
 from d2o_fast.config import D2OConfig
 from d2o_fast.demo.report import Shares
@@ -39,7 +40,7 @@ from d2o_fast.trainer import D2OTrainer
 
 LOOK = 10  #: steps between two looks at the held-out prompts
 #: 97.5 % quantile of Student's t for n - 1 degrees of freedom, by n
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _begin(path: Path, study: toy.Study, jobs: int) -> dict[str, Any]:
         if same and report["versions"] == versions():
             return report
     machine = f"{os.uname().machine}, {jobs} processes of one thread"
-    return {"commit": toy.commit(), "versions": versions(), "machine": machine, "study": settings, "runs": []}
+    return {"commit": commit(), "versions": versions(), "machine": machine, "study": settings, "runs": []}
 
 
 def _run(
@@ -135,9 +136,16 @@ def _run(
             run["curve"].insert(0, (0, before[run["seed"]]))
             report["runs"].append(run)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+            temporary.write_text(_as_text(report))
             os.replace(temporary, path)
             print(f"seed {run['seed']}, {Variant(**run['variant'])}: {_percent(run['curve'][-1][1])}", flush=True)
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    """As JSON, one line for each run."""
+    head = json.dumps({name: value for name, value in report.items() if name != "runs"})
+    runs = ",\n".join(json.dumps(run) for run in report["runs"])
+    return f'{head[:-1]}, "runs": [\n{runs}\n]}}\n'
 
 
 def train(variant: Variant, seed: int, folder: Path, study: toy.Study) -> dict[str, Any]:

@@ -47,11 +47,10 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 def markdown(rows: Sequence[Row], title: str) -> str:
     """Everything as Markdown: errors over all cases in one table, then one table per case that was timed."""
-    lines = [f"# {title}", ""]
     about = next((row for row in rows if "versions" in row), None)
+    lines = [f"# {title}", ""]
     if about:
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines += [f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.", ""]
+        lines = [*heading(title, about), ""]
         for rates in {row["dtype"]: row["rates"] for row in rows if row.get("rates")}.values():
             lines += [
                 f"This device in this run: {rates['matmul_tflops']:.3g} TFLOP/s in a square {rates['dtype']} product, "
@@ -166,6 +165,23 @@ def _pairs(row: Row) -> list[tuple[float, float]]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
+
+
+def heading(title: str, about: dict[str, Any], quick: bool = False) -> list[str]:
+    """Title, date, commit, machine and versions (``runner.about_this_run``)."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return [
+        f"# {title}{': a dry run, not a measurement' if quick else ''}",
+        "",
+        f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.",
+    ]
+
+
+def write(path: Path, lines: Sequence[str]) -> None:
+    """A report onto the screen and into a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 def roofline(rows: Sequence[Row], path: Path) -> str | None:

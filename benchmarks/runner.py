@@ -46,10 +46,12 @@ def about_this_run(device: str) -> dict[str, Any]:
         models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()} ({torch.get_num_threads()} threads)"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"commit": _commit(), "versions": versions, "device_name": name, "date": now}
+    return {"commit": commit(), "versions": versions, "device_name": name, "date": now}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, and whether code was changed since."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

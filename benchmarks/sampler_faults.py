@@ -26,8 +26,9 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
-from benchmarks.samplers import heading, random_model, word_tokenizer
+from benchmarks.samplers import random_model, word_tokenizer
 from benchmarks.serving import Proxy, transformers_serve
 from d2o_fast import server as server_module
 from d2o_fast.anchors import AnchorStore, build_store
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         faults = [fault for fault in FAULTS if not args.quick or fault.kind in QUICK]
         rows = [try_fault(stores, fault, undisturbed) for fault in faults]
     text = [
-        *heading("Faults between sampler and server", args.quick, about_this_run("cpu")),
+        *heading("Faults between sampler and server", about_this_run("cpu"), args.quick),
         f"`transformers serve` behind a proxy that goes wrong at the requests injected; {ROWS} prompts, K = {K}, two "
         "shards, `server_concurrency: 1`. The proxy answers `n` as vLLM does, but for one line. Waiting starts at "
         f"{FIRST_DELAY} s here and at {server_module.FIRST_DELAY} s in use. Everything that the server said whole is "
@@ -213,9 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         "",
         *table(rows),
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "sampler-faults.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+    write(args.output_dir / "sampler-faults.md", text)
     return 0 if all(map(whole, rows)) else 1
 
 

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.serving import transformers_serve
 from d2o_fast.config import D2OConfig
@@ -166,7 +167,7 @@ def samplers(model: Any, tokenizer: Any) -> Iterator[dict[str, Sampler | str]]:
 # --- The gate ----------------------------------------------------------------------------------------------------
 
 
-def excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     """Standard deviations by which Pearson's statistic exceeds its mean; outcomes expected less than 5 times pooled."""
     expected = probabilities * counts.sum()
     rare = expected < 5
@@ -197,7 +198,7 @@ def gate(sampler: Sampler, model: Any, work: Work, num: int) -> str | None:
     counts = torch.bincount(torch.tensor([response[0] for response in firsts]), minlength=V).double()
     with torch.no_grad():
         probabilities = model(torch.tensor(prompts[:1])).logits[0, -1].double().softmax(-1)
-    found = excess(counts, probabilities)
+    found = chi_square_excess(counts, probabilities)
     if not abs(found) < BOUND:
         return f"first tokens {found:.1f} standard deviations off the softmax ({num} draws)"
     return None
@@ -242,16 +243,6 @@ def table(rows: Sequence[dict[str, Any]], work: Work) -> list[str]:
     return lines
 
 
-def heading(title: str, quick: bool, about: dict[str, Any]) -> list[str]:
-    """Title, date, commit, machine and versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return [
-        f"# {title}{': a dry run, not a measurement' if quick else ''}",
-        "",
-        f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.",
-    ]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.samplers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="everything once, in seconds; not a measurement")
@@ -266,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(model, found, work, rounds, num)
     sizes = json.dumps(SIZES).strip("{}").replace('"', "").replace(":", "")
     text = [
-        *heading("Samplers on a CPU", args.quick, about_this_run("cpu")),
+        *heading("Samplers on a CPU", about_this_run("cpu"), args.quick),
         f"Llama with random weights, fp32: vocab_size {V}, {sizes}. {work.G} prompts of {work.P} tokens, K = {work.K} "
         f"responses of at most {work.R} tokens each; {rounds} rounds. The server is a process of its own with as many "
         "threads; it ignores `n`, so each response is a request.",
@@ -276,9 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         "",
         *table(rows, work),
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "samplers-cpu.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+    write(args.output_dir / "samplers-cpu.md", text)
     return 0 if all(row["seconds"] for row in rows) else 1
 
 

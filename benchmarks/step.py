@@ -32,6 +32,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.equality import equality_rows, equality_table
 from benchmarks.measure import _resident, timed
+from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from d2o_fast.attention import VarlenAttention
 from d2o_fast.batching import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
@@ -275,11 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(shape, args.device, args.tiny, rounds)
     equality = equality_rows(args.device, ("llama", "gemma2, window") if args.tiny else None)
     about = {**about_this_run(args.device), "seconds": round(time.monotonic() - begin)}
-    title = "A training step with shared prompts" + (": a dry run, not a measurement" if args.tiny else "")
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     sizes = MODELS["tiny" if args.tiny else args.device]
     model = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    text = [f"# {title}", "", f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}."]
+    text = heading("A training step with shared prompts", about, args.tiny)
     text += [f"Llama with random weights: {model}.", "", *step_table(rows), ""]
     text += [
         "## What sharing changes in the numbers",
@@ -291,11 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     ]
     text += ["it both ways' distance from fp64 (log-probabilities, gradients).", "", *equality_table(equality)]
     out = args.out or RESULTS / f"step-{args.device}{'-tiny' if args.tiny else ''}"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out.with_suffix(".md"), text)
     content = {"about": about, "rows": rows, "equality": equality}
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

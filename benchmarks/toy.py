@@ -23,7 +23,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.runner import commit
 from d2o_fast.anchors import AnchorStore
 from d2o_fast.cli import main as d2o
 from d2o_fast.config import D2OConfig
@@ -278,15 +278,6 @@ def _before(runs: list[dict[str, Any]]) -> str:
 
 def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def commit() -> str:
-    """The commit that is checked out, in short."""
-    root = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown (not a git checkout)"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The variable must be set before anything imports Triton, which reads it while th
 """
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -14,6 +15,15 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among them
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the child processes of a test: the number of threads decides the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

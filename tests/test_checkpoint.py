@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from d2o_fast.data import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.metrics import read_log
 from d2o_fast.prepare import open_store
+from runs import Stop, stop_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Three steps an epoch, the last of them partial; log lines that span checkpoints; dropout in the model.
 SETTINGS: dict[str, Any] = {
@@ -40,15 +43,6 @@ SETTINGS: dict[str, Any] = {
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the child processes: the number of threads decides the order of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +80,6 @@ def never_killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("never-killed")
     trainer(inputs, out).train()
     return out
-
-
-class Stop(Exception):
-    """Raised by a callback to leave a run on the way."""
-
-
-def stop_at(step: int, event: str = "log") -> Callable[..., None]:
-    def callback(run: D2OTrainer, found: str, metrics: dict[str, float]) -> None:
-        if found == event and run.state.global_step >= step:
-            raise Stop
-
-    return callback
 
 
 def start_and_kill(inputs: Path, out: Path, when: Callable[[], bool], *flags: str) -> None:

@@ -315,4 +315,4 @@ def test_the_online_study_runs_and_continues(tmp_path, capsys) -> None:
 
 def test_an_interval_is_student_s_t() -> None:
     assert online.interval([3.0]) == 0.0
-    assert online.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.963, abs=5e-3)
+    assert online.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.963, abs=1e-3)

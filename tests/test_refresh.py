@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from d2o_fast.errors import D2OError
 from d2o_fast.metrics import read_log
 from d2o_fast.models import base_of
 from d2o_fast.sampling import sample_responses
+from runs import Stop, stop_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Three steps an epoch, the last of them partial; windows begin at 4, 8, 12 ...
 SETTINGS: dict[str, Any] = {
@@ -42,32 +44,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the child process: the number of threads decides the order of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trainer(out: Path, model: Any = None, rows: Any = None, **settings: Any) -> D2OTrainer:
     callbacks = settings.pop("callbacks", None)
     args = D2OConfig(**{**SETTINGS, "output_dir": str(out), "anchors_dir": str(out.parent / "anchors"), **settings})
     data = tiny_rows(10) if rows is None else rows
     return D2OTrainer(model or tiny_model(), args, data, None, tiny_tokenizer(), callbacks=callbacks)
-
-
-class Stop(Exception):
-    """Raised by a callback to leave a run on the way."""
-
-
-def stop_at(step: int) -> Callable[..., None]:
-    def callback(run: D2OTrainer, event: str, metrics: dict[str, float]) -> None:
-        if event == "log" and run.state.global_step == step:
-            raise Stop
-
-    return callback
 
 
 def logps_of(model: Any, prompt: list[int], response: list[int]) -> float:

@@ -7,6 +7,7 @@ import torch
 from tiny import VOCAB_SIZE, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from benchmarks.samplers import chi_square_excess
 from d2o_fast import sampling
 from d2o_fast.errors import D2OError
 from d2o_fast.sampling import sample_responses
@@ -52,17 +53,6 @@ def draw(model, prompts=PROMPTS, num=4, **options):
 def next_token(model, ids, temperature=1.0) -> torch.Tensor:
     with torch.no_grad():
         return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
-
-
-def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Standard deviations by which Pearson's statistic exceeds its mean; outcomes expected less than 5 times pooled."""
-    expected = probabilities * counts.sum()
-    rare = expected < 5
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    degrees = len(expected) - 1
-    statistic = ((observed - expected) ** 2 / expected.clamp_min(1e-9)).sum()
-    return float((statistic - degrees) / (2 * degrees) ** 0.5)
 
 
 def excess(model, prompt, responses, temperature=1.0) -> tuple[float, float]:
