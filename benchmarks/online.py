@@ -28,6 +28,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot
+
 from benchmarks import toy
 from benchmarks.runner import commit
 from d2o_fast.anchors import AnchorStore
@@ -38,6 +41,7 @@ from d2o_fast.metrics import read_log
 from d2o_fast.models import load_tokenizer
 from d2o_fast.trainer import D2OTrainer
 
+matplotlib.use("Agg")  # no window
 LOOK = 10  #: steps between two looks at the held-out prompts
 #: 97.5 % quantile of Student's t for n - 1 degrees of freedom, by n
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -256,16 +260,11 @@ def interval(values: Sequence[float]) -> float:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Shares over steps of every schedule: a line for the mean of the seeds, a band from the lowest to the highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = grouped(report["runs"])
     shown = [variant for variant in SCHEDULES if variant in groups] or list(groups)
     columns = list(dict.fromkeys(variant.refresh_every for variant in shown))
     rows = list(dict.fromkeys(variant.anchor_weight for variant in shown))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot.subplots(
         len(rows), len(columns), figsize=(3.2 * len(columns), 2.4 * len(rows)), sharex=True, sharey=True, squeeze=False
     )
     for variant in shown:
@@ -284,7 +283,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.supylabel("% of responses (line: mean of seeds; band: lowest to highest)", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pyplot.close(figure)
 
 
 def _schedule(refresh_every: int) -> str:
