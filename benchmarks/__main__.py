@@ -1,4 +1,4 @@
-"""The loss benchmarks on this machine: ``python -m benchmarks`` runs every CPU suite in under 10 minutes on two cores.
+"""The loss benchmarks on this machine: ``python -m benchmarks`` runs every CPU suite in about 10 minutes on two cores.
 
     python -m benchmarks --suite errors       # loss and gradients against fp64 at odd sizes, beside eager's
     python -m benchmarks --suite cpu-loss     # time and memory against naive at N = 1536, H = 768, V = 50257
