@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from helpers import relative_errors
 
 from d2o_fast import D2OOutput, ResponseLayout
+from helpers import relative_errors
 
 
 @dataclass

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import drawing as drawing_module
 from d2o_fast import references as references_module
@@ -34,6 +33,7 @@ from d2o_fast.models import decoder_of
 from d2o_fast.sampling import sample_responses
 from d2o_fast.scoring import reference_logps
 from d2o_fast.sharing import install
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 CONFIG = D2OConfig(
     max_length=64, max_completion_length=12, num_generations=3, sampling_batch_size=4, temperature=1.0, sampling_seed=5

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, relative_errors
 
 from d2o_fast.attention import shared_attention
 from d2o_fast.flash import CpuFlash, CudaFlash, choose_kernel
 from d2o_fast.packing import SharedRow, Spans
+from helpers import assert_close, relative_errors
 
 ROWS = {
     "ragged": SharedRow((5, 1, 9), ((3, 7, 1), (4, 2), (6, 6, 6, 2))),

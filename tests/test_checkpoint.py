@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast import checkpoint as ckpt
@@ -24,7 +23,8 @@ from d2o_fast.data import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.metrics import read_log
 from d2o_fast.prepare import open_store
-from runs import Stop, stop_at
+from stops import Stop, stop_at
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

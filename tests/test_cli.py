@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import save_tiny, tiny_rows
 from transformers import AutoModelForCausalLM
 
 from d2o_fast import D2OConfig, __version__
 from d2o_fast.anchors import AnchorStore
 from d2o_fast.cli import NAMES, _comments, main, parse
+from tiny import save_tiny, tiny_rows
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_errors
-from ops_cases import Problem, assert_all_close, problem, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2o_fast
 from d2o_fast import fused_d2o_loss, linear_logprob
 from d2o_fast.reference import d2o_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
+from helpers import relative_errors
+from ops_cases import Problem, assert_all_close, problem, run
 
 MIXED = [[3, 1, 7], [2, 5], [9, 4, 4, 4], [1, 1]]
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -11,7 +11,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer
 from tokenizers import AddedToken
 
 from d2o_fast.config import D2OConfig
@@ -27,6 +26,7 @@ from d2o_fast.data import (
     without_duplicates,
 )
 from d2o_fast.errors import D2OError, DataError
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer
 
 CONFIG = D2OConfig(max_length=64, max_completion_length=32)
 USER = [{"role": "user", "content": "how to bake the cake?"}]

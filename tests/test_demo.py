@@ -9,13 +9,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
 
 from benchmarks import online, toy
 from d2o_fast.data import read_rows
 from d2o_fast.demo import baselines, run, world
 from d2o_fast.demo.model import build_tokenizer, encode, feedback_pairs
 from d2o_fast.errors import D2OError
+from tiny import tiny_model
 
 PROMPT = "how to fix the door ?"
 

@@ -7,12 +7,12 @@ import statistics
 from collections import Counter
 
 import pytest
-from tiny import tiny_rows, tiny_tokenizer
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from
 from d2o_fast.dry_run import SHOWN, describe, histogram
 from d2o_fast.errors import DataError
+from tiny import tiny_rows, tiny_tokenizer
 
 CONFIG = D2OConfig(max_length=64, max_completion_length=32, num_generations=5)
 

@@ -6,12 +6,12 @@ import types
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError
 from d2o_fast.evaluate import judge_model, load_judge, prompt_text
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 CUT = {"max_length": 32, "max_completion_length": 28}
 

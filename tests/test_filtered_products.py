@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, poison_empty, relative_errors
 
 from d2o_fast.kernels.filtered_products import (
     BLOCK_PACK,
@@ -15,6 +14,7 @@ from d2o_fast.kernels.filtered_products import (
     FLAG_ROWS,
     filtered_products,
 )
+from helpers import assert_close, poison_empty, relative_errors
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 # n, V, H

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_anchors import CHAT_ROW, CONFIG, build, naive_logp
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from d2o_fast import D2OTrainer
@@ -27,6 +25,8 @@ from d2o_fast.errors import D2OError, DataError
 from d2o_fast.filters import AnchorFilter, ClassifierScorer, Filtered, counts_text, token_overlap
 from d2o_fast.inspect_store import export, inspect
 from d2o_fast.shards import SCHEMA, check_shard, read_manifest, read_shard, write_shard
+from test_anchors import CHAT_ROW, CONFIG, build, naive_logp
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 ALL = {"drop_duplicate_anchors": True, "drop_empty_anchors": True, "drop_truncated_anchors": True}
 SCORES = """

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
 from d2o_fast.models import base_of, decoder_of, head_of
 from d2o_fast.reference import d2o_loss
+from helpers import relative_errors
 
 V, P, R = 61, 3, 4
 K = (2, 1)  # anchors of the two prompts: five responses

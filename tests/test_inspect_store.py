@@ -9,13 +9,13 @@ from typing import Any
 
 import datasets
 import pytest
-from test_anchors import CHAT_ROW, build
-from tiny import tiny_rows
 
 from d2o_fast import shards
 from d2o_fast.errors import D2OError
 from d2o_fast.filters import token_overlap
 from d2o_fast.inspect_store import export, inspect, main
+from test_anchors import CHAT_ROW, build
+from tiny import tiny_rows
 
 
 def rewritten(folder: Path, **columns: Any) -> None:

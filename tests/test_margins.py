@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_errors
-from ops_cases import Problem, assert_all_close, problem, run
 
 from d2o_fast import Margin, ResponseLayout, fused_d2o_loss, fused_margin_loss
 from d2o_fast.reference import d2o_loss, margin_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
+from helpers import relative_errors
+from ops_cases import Problem, assert_all_close, problem, run
 
 BACKENDS = ("torch", "triton")
 PAIRS, ALONE, MIXED = [[4, 3], [2, 6], [1, 1]], [[4], [3], [7]], [[3, 1, 7], [2], [9, 4, 4, 4], [1, 1]]

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import problem
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import ResponseLayout, d2o_loss, fused_d2o_loss
 from d2o_fast.batching import Example, pack, response_hidden
 from d2o_fast.models import decoder_of, head_of
 from d2o_fast.reference import D2OOutput, naive_d2o_loss
+from ops_cases import problem
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LOSSES = pytest.mark.parametrize("loss", [naive_d2o_loss, fused_d2o_loss], ids=["reference", "fused"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import relative_errors
-from ops_cases import Problem, assert_all_close, problem, run
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
 from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from helpers import relative_errors
+from ops_cases import Problem, assert_all_close, problem, run
 
 MIXED = [[3, 1, 7], [2, 5], [9, 4, 4, 4], [1, 1]]
 

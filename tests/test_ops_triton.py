@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops_cases import Problem, assert_all_close, problem, run
 
 from d2o_fast import fused_d2o_loss, linear_logprob
 from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from ops_cases import Problem, assert_all_close, problem, run
 
 CASES = {
     "K from 1 to 3, unequal lengths": problem([[3, 1, 7], [2, 5], [4, 1, 2, 3]], V=203, H=19),

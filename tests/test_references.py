@@ -15,9 +15,6 @@ import pytest
 import torch
 import yaml
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_anchors import CHAT_ROW, CONFIG, build, contents
-from test_checkpoint import Stop, stop_at
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast import D2OConfig, D2OTrainer, ResponseLayout, d2o_loss
@@ -35,6 +32,9 @@ from d2o_fast.metrics import read_log
 from d2o_fast.models import load_model
 from d2o_fast.prepare import open_store
 from d2o_fast.references import References
+from test_anchors import CHAT_ROW, CONFIG, build, contents
+from test_checkpoint import Stop, stop_at
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 ROWS = [*tiny_rows(5), {"prompt": "how", "rejected": " to", "anchors": [" open"]}]
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors import AnchorStore
@@ -26,7 +25,8 @@ from d2o_fast.errors import D2OError
 from d2o_fast.metrics import read_log
 from d2o_fast.models import base_of
 from d2o_fast.sampling import sample_responses
-from runs import Stop, stop_at
+from stops import Stop, stop_at
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

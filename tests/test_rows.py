@@ -18,7 +18,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import tiny_rows, tiny_tokenizer
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, read_rows, rows_from, split_by_prompt, without_duplicates
@@ -26,6 +25,7 @@ from d2o_fast.dry_run import describe
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.prepare import read_datasets
 from d2o_fast.rows import Digests, Part, RowFile, rows_digest, taken
+from tiny import tiny_rows, tiny_tokenizer
 
 USER = [{"role": "user", "content": "how?\n\u2028é \U0001f600", "name": "half \ud83d", "weight": 0.1, "tags": ["a"]}]
 ANSWER = [{"content": "no", "role": "assistant"}]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.samplers import chi_square_excess
 from d2o_fast import sampling
 from d2o_fast.errors import D2OError
 from d2o_fast.sampling import sample_responses
+from tiny import VOCAB_SIZE, tiny_model
 
 ENGINES = ("generate", "continuous")
 EOS, PAD = 2, 0

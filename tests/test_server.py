@@ -18,9 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_anchors import contents, naive_logp
-from test_sampling import chi_square_excess, next_token, peaked_model
-from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 from benchmarks.serving import Proxy, free_port, transformers_serve
 from d2o_fast import server as server_module
@@ -30,6 +27,9 @@ from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.server import Sampling, ServerPrompt, ServerSampler, request_seed
 from d2o_fast.tokens import tokenize_drawn
+from test_anchors import contents, naive_logp
+from test_sampling import chi_square_excess, next_token, peaked_model
+from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 PROMPT = "how to open the lock?"
 LONG = ServerPrompt(PROMPT, len(tiny_tokenizer()(PROMPT)["input_ids"]), "here, row 1")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_errors
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +20,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 from d2o_fast.models import decoder_of
 from d2o_fast.sharing import EAGER, SharingRefused, choose_sharing, install
+from helpers import relative_errors
 
 EXAMPLES = [
     Example([3, 4, 5, 6, 7, 8], [9, 10, 2], [[11, 12, 13, 14, 15, 16, 17, 18, 2], [19, 2], [2]], [-1.0] * 4),

@@ -10,8 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_anchors import build
-from tiny import tiny_rows
 
 from benchmarks.data import SHARD, K, write_store
 from d2o_fast import stored
@@ -20,6 +18,8 @@ from d2o_fast.batching import Example
 from d2o_fast.data import Row
 from d2o_fast.errors import D2OError
 from d2o_fast.inspect_store import export, inspect
+from test_anchors import build
+from tiny import tiny_rows
 
 COUNT = 5 * SHARD + 7
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from d2o_fast import D2OConfig, D2OTrainer
@@ -27,6 +26,7 @@ from d2o_fast.metrics import read_log
 from d2o_fast.models import decoder_of, head_of
 from d2o_fast.reference import naive_d2o_loss
 from d2o_fast.step import adamw, batch_loss, schedule
+from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "num_generations": 3,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_tiny, tiny_rows
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors import AnchorStore
 from d2o_fast.order import Order
+from tiny import save_tiny, tiny_rows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"
 
