@@ -1,13 +1,15 @@
 """The online study: when to draw anchors anew, and how taut to hold the leash, in the demo's language.
 
-    python -m benchmarks.online                   # five seeds, about an hour on two idle cores
+    python -m benchmarks.online                   # five seeds, some four hours on two idle cores
     python -m benchmarks.online --part schedules  # the schedules alone, about half of it
     python -m benchmarks.online --quick           # one seed, a few steps: shows that it runs
 
 *Schedules*: anchors frozen, drawn anew every three epochs, every epoch or every step (``refresh_every``), each without
 and with ``anchor_weight``, at the demo's learning rate and steps. *Region*: one setting at a time is moved away from
-the frozen and from the refreshed run, on the first two seeds. Every run is watched on held-out prompts every ``LOOK``
-steps: what counts is the worst moment too, not only the end.
+the frozen and from the refreshed run, on the first two seeds. *Corners*: all of them at once, from the refreshed run,
+to the ends of what the region found good, on the same seeds: half of the 32 corners, so chosen that any two settings
+are seen in all four combinations equally often. Every run is watched on held-out prompts every ``LOOK`` steps: what
+counts is the worst moment too, not only the end.
 
 Writes ``online-study.json`` (every run), ``.md`` (tables) and ``.png`` under ``benchmarks/results``. A run that is
 there already is not made again, so that the study can be stopped and continued.
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -77,6 +81,20 @@ REGION = [
     *(dataclasses.replace(c, **{name: x}) for name, values in MOVES.items() for c in CENTRES for x in values),  # type: ignore[arg-type]
     *(dataclasses.replace(CENTRES[1], refresh_every=every) for every in (2 * EPOCH, 6 * EPOCH)),
 ]
+#: The ends between which each setting, moved alone, leaves the refreshed run good.
+ENDS = {
+    "refresh_every": (2 * EPOCH, 6 * EPOCH),
+    "anchor_weight": (0.02, 0.2),
+    "alpha": (0.03, 0.3),
+    "beta": (0.03, 0.3),
+    "learning_rate": (3e-4, 1e-3),
+}
+#: Those with an even number of upper ends.
+CORNERS = [
+    Variant(**{name: ends[high] for (name, ends), high in zip(ENDS.items(), corner, strict=True)})  # type: ignore[arg-type]
+    for corner in itertools.product((0, 1), repeat=len(ENDS))
+    if sum(corner) % 2 == 0
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,21 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.online", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 to 5")
-    parser.add_argument("--part", choices=("schedules", "region", "all"), default="all")
+    parser.add_argument("--part", choices=("schedules", "region", "corners", "all"), default="all")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; default: 2")
     parser.add_argument("--quick", action="store_true", help="one seed, two variants and hardly any training")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    study, variants = toy.Study(seeds=tuple(args.seeds)), {"schedules": SCHEDULES, "region": REGION}
+    study, variants = toy.Study(seeds=tuple(args.seeds)), {"schedules": SCHEDULES, "region": REGION, "corners": CORNERS}
     if args.quick:
         study = toy.Study((args.seeds[0],), (1e-3,), (2, 4), 60, (20, 20), 30, 1, (1e-3, 12))
-        variants = {"schedules": [Variant(), Variant(4, 0.05)], "region": []}
+        variants = {"schedules": [Variant(), Variant(4, 0.05)], "region": [], "corners": []}
     os.environ["TQDM_DISABLE"] = "1"  # for the processes below: hundreds of progress bars
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "online-study.json"
     report = _begin(path, study, args.jobs)
-    wanted = [(v, s) for s in study.seeds for v in variants["schedules"] if args.part != "region"]
-    wanted += [(v, s) for s in study.seeds[:2] for v in variants["region"] if args.part != "schedules"]
+    parts = variants if args.part == "all" else {args.part: variants[args.part]}
+    wanted = [
+        (v, s) for part in parts for s in (study.seeds if part == "schedules" else study.seeds[:2]) for v in parts[part]
+    ]
     with tempfile.TemporaryDirectory() as folder:
         _run(report, wanted, study, Path(folder), args.jobs, path)
     table = markdown(report)
@@ -117,7 +137,7 @@ def _begin(path: Path, study: toy.Study, jobs: int) -> dict[str, Any]:
         if same and report["versions"] == versions():
             return report
     machine = f"{os.uname().machine}, {jobs} processes of one thread"
-    return {"commit": commit(), "versions": versions(), "machine": machine, "study": settings, "runs": []}
+    return {"versions": versions(), "machine": machine, "study": settings, "runs": []}
 
 
 def _run(
@@ -170,6 +190,7 @@ def train(variant: Variant, seed: int, folder: Path, study: toy.Study) -> dict[s
     return {
         "variant": dataclasses.asdict(variant),
         "seed": seed,
+        "commit": commit(),
         "curve": [*curve, (config.max_steps, last)],
         "margins": [(r["step"], r["rewards/margins"]) for r in log if "rewards/margins" in r],
         "seconds": round(time.time() - started, 1),
@@ -199,19 +220,21 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_table(groups, SCHEDULES, "schedule, anchor_weight", Variant.label),
     ]
-    region = [v for v in groups if v not in SCHEDULES]
-    if region:
-        lines += [
-            "",
-            f"## Region: one setting moved at a time, seeds {', '.join(map(str, seeds[:2]))}",
-            "",
-            *_table({v: r[:2] for v, r in groups.items()}, [*CENTRES, *REGION], "variant", str),
-        ]
+    two = ", ".join(map(str, seeds[:2]))
+    of_two = {v: r[:2] for v, r in groups.items()}
+    for title, variants in (
+        (f"Region: one setting moved at a time, seeds {two}", REGION),
+        (f"Corners: all settings moved at once, seeds {two}", CORNERS),
+    ):
+        if any(v in groups for v in variants):
+            lines += ["", f"## {title}", "", *_table(of_two, [*CENTRES, *variants], "variant", str)]
     used = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    commits = Counter(run["commit"] for run in runs)
+    made = ", ".join(f"{name} ({number} runs)" for name, number in commits.items())
     seconds = sum(run["seconds"] for run in runs)
     lines += [
         "",
-        f"Commit {report['commit']}; {used}; {report['machine']}; {seconds / 60:.0f} minutes of one core.",
+        f"Commit {made}; {used}; {report['machine']}; {seconds / 60:.0f} minutes of one core.",
         "",
     ]
     return "\n".join(lines)
