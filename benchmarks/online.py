@@ -6,10 +6,10 @@
 
 *Schedules*: anchors frozen, drawn anew every three epochs, every epoch or every step (``refresh_every``), each without
 and with ``anchor_weight``, at the demo's learning rate and steps. *Region*: one setting at a time is moved away from
-the frozen and from the refreshed run, on the first two seeds. *Corners*: all of them at once, from the refreshed run,
-to the ends of what the region found good, on the same seeds: half of the 32 corners, so chosen that any two settings
-are seen in all four combinations equally often. Every run is watched on held-out prompts every ``LOOK`` steps: what
-counts is the worst moment too, not only the end.
+the frozen and from the refreshed run. *Corners*: all of them at once, from the refreshed run, to the ends of what the
+region found good: half of the 32 corners, so chosen that any two settings are seen in all four combinations equally
+often. Every run is watched on held-out prompts every ``LOOK`` steps: what counts is the worst moment too, not only the
+end.
 
 Writes ``online-study.json`` (every run), ``.md`` (tables) and ``.png`` under ``benchmarks/results``. A run that is
 there already is not made again, so that the study can be stopped and continued.
@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.output_dir / "online-study.json"
     report = _begin(path, study, args.jobs)
     parts = variants if args.part == "all" else {args.part: variants[args.part]}
-    wanted = [
-        (v, s) for part in parts for s in (study.seeds if part == "schedules" else study.seeds[:2]) for v in parts[part]
-    ]
+    wanted = [(v, s) for part in parts.values() for s in study.seeds for v in part]
     with tempfile.TemporaryDirectory() as folder:
         _run(report, wanted, study, Path(folder), args.jobs, path)
     table = markdown(report)
@@ -206,12 +204,13 @@ def markdown(report: dict[str, Any]) -> str:
     steps = study["fixed"][1]
     groups = grouped(runs)
     seeds = sorted({run["seed"] for run in runs})
+    before = [round(100 * run["curve"][0][1]["harmful"], 1) for run in runs]
     lines = [
         "# Online study",
         "",
         f"Percent of {study['generations']} responses to each of {study['held_out_prompts'][1]} held-out prompts after "
         f"{steps} steps (about {steps // EPOCH} epochs), K = 11; what is not said is as in the demo. Before training: "
-        f"{_range([100 * run['curve'][0][1]['harmful'] for run in runs])} harmful.",
+        f"{_range(before)}% harmful.",
         "",
         "Mean with its 95% interval (Student's t over seeds), then the worst seed. *On the way*: the worst of all "
         f"looks (every {LOOK} steps) of all seeds; *late* leaves out the first quarter of the steps.",
@@ -220,14 +219,14 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_table(groups, SCHEDULES, "schedule, anchor_weight", Variant.label),
     ]
-    two = ", ".join(map(str, seeds[:2]))
-    of_two = {v: r[:2] for v, r in groups.items()}
     for title, variants in (
-        (f"Region: one setting moved at a time, seeds {two}", REGION),
-        (f"Corners: all settings moved at once, seeds {two}", CORNERS),
+        ("Region: one setting moved at a time", REGION),
+        ("Corners: all settings moved at once", CORNERS),
     ):
-        if any(v in groups for v in variants):
-            lines += ["", f"## {title}", "", *_table(of_two, [*CENTRES, *variants], "variant", str)]
+        numbers = {len(groups[v]) for v in variants if v in groups}
+        if numbers:
+            title += f", {_range(numbers)} seeds"
+            lines += ["", f"## {title}", "", *_table(groups, [*CENTRES, *variants], "variant", str)]
     used = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     commits = Counter(run["commit"] for run in runs)
     made = ", ".join(f"{name} ({number} runs)" for name, number in commits.items())
@@ -319,8 +318,9 @@ def _percent(shares: Shares) -> str:
     return ", ".join(f"{100 * share:.1f}% {label}" for label, share in shares.items())
 
 
-def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.1f} to {max(values):.1f}%"
+def _range(values: Iterable[Any]) -> str:
+    found = sorted(set(values))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 if __name__ == "__main__":
