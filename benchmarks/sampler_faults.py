@@ -2,12 +2,13 @@
 
     python -m benchmarks.sampler_faults             # under two minutes
     python -m benchmarks.sampler_faults --quick     # three of the faults
+    python -m benchmarks.sampler_faults --vllm /elsewhere/bin/vllm      # a real vLLM (a build for CPUs) instead
 
-A real server (``transformers serve``) answers through a proxy that goes wrong at chosen requests; ``build_store`` makes
-a store through it, one request at a time. Every text that the proxy sent whole is noted, so that it can be said of a
-store whether it lost one, holds one twice, or holds one that the server never said.
+A real server (``transformers serve``, or vLLM) answers through a proxy that goes wrong at chosen requests;
+``build_store`` makes a store through it, one request at a time. Every text that the proxy sent whole is noted, so that
+it can be said of a store whether it lost one, holds one twice, or holds one that the server never said.
 
-Writes ``sampler-faults.md``.
+Writes ``sampler-faults.md``, or ``sampler-faults-vllm.md``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import re
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.samplers import random_model, word_tokenizer
-from benchmarks.serving import Proxy, transformers_serve
+from benchmarks.serving import Proxy, transformers_serve, vllm_serve
 from d2o_fast import server as server_module
 from d2o_fast.anchors import AnchorStore, build_store
 from d2o_fast.config import D2OConfig
@@ -49,7 +51,7 @@ class Fault:
     kind: str
     at: tuple[int, ...] = (0, 2, 3, 5)
     timeout: float = 30.0  #: server_timeout, seconds
-    honours_n: bool = True  #: answers as vLLM does; false: transformers serve as it is, which ignores n
+    honours_n: bool = True  #: false: transformers serve as it is, which ignores n
 
 
 FAULTS = (
@@ -65,7 +67,7 @@ FAULTS = (
     Fault("an HTML page instead of JSON", "HTML"),
     Fault("no choices", "no choices"),
     Fault("a choice without a text", "no text"),
-    Fault("fewer choices than asked for", "fewer"),
+    Fault("fewer choices than asked for", "fewer", tuple(range(1000))),
     Fault("n ignored (transformers serve as it is)", "none", (), honours_n=False),
     Fault("500 for good from the sixth request on", "500", tuple(range(5, 1000))),
 )
@@ -98,12 +100,19 @@ def listening() -> Iterator[Told]:
 
 
 class Stores:
-    """Makes stores through proxies in front of one server, which serves ``folder / "model"``."""
+    """Makes stores through proxies in front of one server, which serves ``folder / "model"``.
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url, self.folder = url, folder
+    Args:
+        vllm: it is a vLLM; ``transformers serve`` is made to look like an early one.
+    """
+
+    def __init__(self, url: str, folder: Path, vllm: bool) -> None:
+        self.url, self.folder, self.vllm = url, folder, vllm
         self.model, self.tokenizer = random_model(), word_tokenizer()
         self.rows = rows_from([{"prompt": f"w{i} w{i + 9}", "rejected": " w5 w6"} for i in range(1, ROWS + 1)], "rows")
+
+    def proxy(self, faults: dict[int, str], honours_n: bool = True) -> Proxy:
+        return Proxy(self.url, faults, like_vllm=honours_n and not self.vllm)
 
     def make(self, name: str, proxy: Proxy, timeout: float = 30.0) -> AnchorStore:
         """The store in ``folder / name``, made or completed."""
@@ -127,13 +136,13 @@ class Stores:
 
 def try_fault(stores: Stores, fault: Fault, undisturbed: Sequence[str]) -> dict[str, Any]:
     """A row of the table. ``undisturbed``: the texts of a store that was made without a fault."""
-    proxy = Proxy(stores.url, dict.fromkeys(fault.at, fault.kind), like_vllm=fault.honours_n)
+    proxy = stores.proxy(dict.fromkeys(fault.at, fault.kind), fault.honours_n)
     name = re.sub(r"\W+", "-", fault.name)
     error = None
     with listening() as told:
         if fault.kind == "refused":
             proxy.faults = {}
-            threading.Timer(0.1, proxy.__enter__).start()  # it comes up while the sampler is asking already
+            threading.Thread(target=_come_up_late, args=(proxy, told), daemon=True).start()
         else:
             proxy.__enter__()
         try:
@@ -151,7 +160,7 @@ def try_fault(stores: Stores, fault: Fault, undisturbed: Sequence[str]) -> dict[
     held = stores.texts(store)
     # A shard that was not finished is asked for again with its own seeds; such an answer counts once.
     answers = {e["body"]["seed"]: e["texts"] for e in proxy.log if e["body"]["max_tokens"] == LONGEST and e["texts"]}
-    said = Counter(text for texts in answers.values() for text in texts)
+    said = Counter(" ".join(text.split()) for texts in answers.values() for text in texts)  # vLLM's begin with a blank
     return {
         "fault": fault.name,
         "injected": "at first" if fault.kind == "refused" else sum(e["fault"] is not None for e in proxy.log),
@@ -162,6 +171,12 @@ def try_fault(stores: Stores, fault: Fault, undisturbed: Sequence[str]) -> dict[
         "added": (Counter(held) - said).total(),
         "same": held == list(undisturbed),
     }
+
+
+def _come_up_late(proxy: Proxy, told: Told) -> None:
+    while not told.texts:  # until it was asked for and was not there
+        time.sleep(0.002)
+    proxy.__enter__()
 
 
 def whole(row: dict[str, Any]) -> bool:
@@ -190,31 +205,36 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.sampler_faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"only the faults {', '.join(QUICK)}")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where sampler-faults.md goes")
+    parser.add_argument("--vllm", metavar="COMMAND", help="the vllm command of a build for CPUs")
     args = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        random_model().save_pretrained(folder / "model")
+        word_tokenizer().save_pretrained(folder / "model")
+        log = folder / "log.txt"
+        server = transformers_serve(log) if args.vllm is None else vllm_serve(args.vllm, folder / "model", log)
         try:
-            url = stack.enter_context(transformers_serve(folder / "log.txt"))
+            url = stack.enter_context(server)
         except RuntimeError as error:
             parser.error(str(error))
-        stores = Stores(url, folder)
-        stores.model.save_pretrained(folder / "model")
-        stores.tokenizer.save_pretrained(folder / "model")
-        with listening(), Proxy(url, like_vllm=True) as proxy:
+        stores = Stores(url, folder, vllm=args.vllm is not None)
+        with listening(), stores.proxy({}) as proxy:
             undisturbed = stores.texts(stores.make("undisturbed", proxy))
         faults = [fault for fault in FAULTS if not args.quick or fault.kind in QUICK]
+        faults = [fault for fault in faults if fault.honours_n or args.vllm is None]
         rows = [try_fault(stores, fault, undisturbed) for fault in faults]
+    what = "`transformers serve`" if args.vllm is None else "vLLM"
+    like = " The proxy answers `n` as vLLM does, but for one line." if args.vllm is None else ""
     text = [
         *heading("Faults between sampler and server", about_this_run("cpu"), args.quick),
-        f"`transformers serve` behind a proxy that goes wrong at the requests injected; {ROWS} prompts, K = {K}, two "
-        "shards, `server_concurrency: 1`. The proxy answers `n` as vLLM does, but for one line. Waiting starts at "
-        f"{FIRST_DELAY} s here and at {server_module.FIRST_DELAY} s in use. Everything that the server said whole is "
-        "compared with what the store holds.",
+        f"{what} behind a proxy that goes wrong at the requests injected; {ROWS} prompts, K = {K}, two shards, "
+        f"`server_concurrency: 1`.{like} Waiting starts at {FIRST_DELAY} s here and at {server_module.FIRST_DELAY} s "
+        "in use. Everything that the server said whole is compared with what the store holds.",
         "",
         *table(rows),
     ]
-    write(args.output_dir / "sampler-faults.md", text)
+    write(args.output_dir / ("sampler-faults.md" if args.vllm is None else "sampler-faults-vllm.md"), text)
     return 0 if all(map(whole, rows)) else 1
 
 

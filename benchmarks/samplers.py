@@ -2,6 +2,7 @@
 
     python -m benchmarks.samplers             # three minutes on two idle cores
     python -m benchmarks.samplers --quick     # everything once, in seconds; not a measurement
+    python -m benchmarks.samplers --vllm /elsewhere/bin/vllm    # vLLM too, in an environment of its own
 
 All draw the same number of responses from one Llama with random weights, made on the spot, with the same number of
 threads; in every round each of them once, in an order of its own. Before any time is taken each must draw from the
@@ -22,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
-from benchmarks.serving import transformers_serve
+from benchmarks.serving import transformers_serve, vllm_serve
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from
+from d2o_fast.protocol import Sampling, ServerPrompt
 from d2o_fast.sampling import Engine, sample_responses
-from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
+from d2o_fast.server import ServerSampler
 from d2o_fast.tokens import tokenize_drawn
 
 V, EOS = 64, 0
@@ -127,11 +129,11 @@ def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
         texts = [tokenizer.decode(prompt) for prompt in prompts]
-        asked = [ServerPrompt(t, len(p), f"prompt {i}") for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
+        asked = [ServerPrompt(t, list(p), f"prompt {i}") for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
         draws = server.sample(asked, num, Sampling(longest, 1.0, 1.0, (EOS,), (seed,)))
         rows = rows_from([{"prompt": text, "rejected": " w1"} for text in texts])
         # The blank that stands between words is not in a text that begins with one.
-        drawn = [[(f" {draw.text}" if draw.text else "", draw.ended) for draw in of_prompt] for of_prompt in draws]
+        drawn = [[replace(draw, text=f" {draw.text}" if draw.text else "") for draw in d] for d in draws]
         longest_config = D2OConfig(max_length=4096, max_completion_length=longest)
         return tokenize_drawn(rows, drawn, tokenizer, longest_config, [EOS])
 
@@ -143,24 +145,28 @@ def _until_eos(response: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def samplers(model: Any, tokenizer: Any) -> Iterator[dict[str, Sampler | str]]:
-    """Every sampler by name; in place of one that cannot run here, why."""
+def samplers(model: Any, tokenizer: Any, vllm: str | None) -> Iterator[dict[str, Sampler | str]]:
+    """Every sampler by name; in place of one that cannot run here, why. ``vllm``: its command, if it is here."""
     found: dict[str, Sampler | str] = {
         "generate, one response at a time": generate_loop(model, together=False),
         "generate, one prompt at a time (num_return_sequences = K)": generate_loop(model, together=True),
         "d2o-fast in process (engine generate)": ours(model, "generate"),
         "d2o-fast in process (engine continuous: transformers' continuous batching)": ours(model, "continuous"),
     }
-    server = f"d2o-fast over HTTP (transformers serve, {CONCURRENCY} prompts at a time)"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        try:
-            url = stack.enter_context(transformers_serve(folder / "log.txt", torch.get_num_threads()))
-            found[server] = over_http(url, str(folder / "model"), tokenizer)
-        except RuntimeError as error:
-            found[server] = str(error)
+        threads = torch.get_num_threads()
+        servers = {"transformers serve": transformers_serve(folder / "transformers.txt", threads)}
+        if vllm is not None:
+            servers["vLLM"] = vllm_serve(vllm, folder / "model", folder / "vllm.txt", threads)
+        for name, server in servers.items():
+            row = f"d2o-fast over HTTP ({name}, {CONCURRENCY} prompts at a time)"
+            try:
+                found[row] = over_http(stack.enter_context(server), str(folder / "model"), tokenizer)
+            except RuntimeError as error:
+                found[row] = str(error)
         yield found
 
 
@@ -248,19 +254,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="everything once, in seconds; not a measurement")
     parser.add_argument("--rounds", type=int, default=7, help="rounds, each with every sampler once")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where samplers-cpu.md goes")
+    parser.add_argument("--vllm", metavar="COMMAND", help="the vllm command of a build for CPUs")
     args = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     work, rounds, num = (QUICK, 2, 100) if args.quick else (FULL, args.rounds, 500)
     model, tokenizer = random_model(), word_tokenizer()
-    with samplers(model, tokenizer) as found:
+    with samplers(model, tokenizer, args.vllm) as found:
         rows = measure(model, found, work, rounds, num)
     sizes = json.dumps(SIZES).strip("{}").replace('"', "").replace(":", "")
     text = [
         *heading("Samplers on a CPU", about_this_run("cpu"), args.quick),
         f"Llama with random weights, fp32: vocab_size {V}, {sizes}. {work.G} prompts of {work.P} tokens, K = {work.K} "
-        f"responses of at most {work.R} tokens each; {rounds} rounds. The server is a process of its own with as many "
-        "threads; it ignores `n`, so each response is a request.",
+        f"responses of at most {work.R} tokens each; {rounds} rounds. A server is a process of its own with as many "
+        "threads; `transformers serve` ignores `n`, so each response is a request there.",
         f"Each sampler first drew the right number of responses, each ended by EOS or its length, and {num} first "
         f"tokens within {BOUND:g} standard deviations of the softmax. The machine's load average at the end, this work "
         f"included: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",

@@ -9,21 +9,31 @@ K anchors of one prompt.
 from __future__ import annotations
 
 import hashlib
+import logging
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.batching import Example
+from d2o_fast.batching import Example, pack
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row
-from d2o_fast.errors import DataError
+from d2o_fast.errors import D2OError, DataError
 from d2o_fast.filters import AnchorFilter
-from d2o_fast.models import autocast, base_of, pad_token_id
+from d2o_fast.models import autocast, base_of, decoder_of, pad_token_id
+from d2o_fast.protocol import Sampling, ServerPrompt
 from d2o_fast.sampling import sample_responses
-from d2o_fast.server import Sampling, ServerPrompt, ServerSampler
+from d2o_fast.scoring import token_logps
+from d2o_fast.server import ServerSampler
 from d2o_fast.tokens import encode_prompts, tokenize_drawn
+
+logger = logging.getLogger("d2o_fast")
+
+#: How far a server's log-probabilities may lie from the initial model's, in the mean over the tokens of four draws:
+#: this part of their standard deviation from token to token, or so many nats. Roundings stay below (docs/anchors.md).
+OTHER_WEIGHTS, ROUNDING = 0.1, 0.02
 
 PLACE = "{prompt}"  #: where an instruction wants the prompt
 
@@ -44,6 +54,7 @@ class Drawer:
         self.model, self.tokenizer, self.config, self.stops = model, tokenizer, config, list(stops)
         self.pad = pad_token_id(tokenizer)
         self.server: ServerSampler | None = None
+        self._weights_checked = False
         if config.server_url is not None:
             name = config.server_model or config.model_name_or_path
             self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
@@ -95,7 +106,7 @@ class Drawer:
         config = self.config
         if config.sampling_instruction is not None:
             read = instructed(rows, self.tokenizer, config)
-            prompts = [ServerPrompt(row.prompt, len(ids), f"{row.source}, row {row.index}") for row, ids in read]
+            prompts = [ServerPrompt(row.prompt, ids, f"{row.source}, row {row.index}") for row, ids in read]
         else:
             prompts = list(self._server_prompts(rows, examples))
         how = Sampling(
@@ -105,15 +116,40 @@ class Drawer:
             eos_token_ids=tuple(self.stops),
             seed=(config.sampling_seed, *seed),
         )
-        draws = server.sample(prompts, config.draws, how)
-        texts = [[(draw.text, draw.ended) for draw in of_prompt] for of_prompt in draws]
-        return tokenize_drawn(rows, texts, self.tokenizer, config, self.stops)
+        if prompts and not self._weights_checked:
+            self._refuse_other_weights(server, prompts[0], how)
+            self._weights_checked = True
+        return tokenize_drawn(rows, server.sample(prompts, config.draws, how), self.tokenizer, config, self.stops)
 
     def _server_prompts(self, rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[ServerPrompt]:
         for row, example, whole in zip(rows, examples, encode_prompts(rows, self.tokenizer), strict=True):
             cut = whole != example.prompt_ids
             place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
-            yield ServerPrompt(example.prompt_ids if cut else row.prompt, len(example.prompt_ids), place)
+            yield ServerPrompt(example.prompt_ids if cut else row.prompt, example.prompt_ids, place)
+
+    def _refuse_other_weights(self, server: ServerSampler, prompt: ServerPrompt, how: Sampling) -> None:
+        """Compares the server's log-probabilities of four draws with the initial model's, if it tells them.
+
+        Raises:
+            D2OError: they are another model's.
+        """
+        draws = server.scored(prompt, how)
+        if draws is None:
+            logger.info("%s tells no log-probabilities of tokens: its weights are not checked", server.url)
+            return
+        first, *others = [list(draw.token_ids or ()) for draw in draws]
+        batch = pack([Example(prompt.token_ids, first, others, [])], self.pad).to(base_of(self.model).device)
+        here = token_logps(decoder_of(self.model), self.model, batch, self.config).tolist()
+        there = [logp for draw in draws for logp in draw.logps or ()]
+        apart = statistics.fmean(abs(a - b) for a, b in zip(here, there, strict=True))
+        limit = max(OTHER_WEIGHTS * statistics.pstdev(here), ROUNDING)
+        found = f"{len(here)} tokens have log-probabilities {apart:.2g} nats from ours on average, and {limit:.2g}"
+        logger.info("%s: %s would be too far", server.url, found)
+        if not apart <= limit:
+            raise D2OError(
+                f"{server.url} serves another model than the initial one as '{server.model}': {found} is the most. "
+                "Serve the weights of model_name_or_path, unquantised"
+            )
 
 
 def instructed(

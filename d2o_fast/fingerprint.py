@@ -70,7 +70,7 @@ def expected_fingerprint(
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": digest(tokenizer.chat_template) if chat else None,
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),
-        # a server's draws come back as text
+        # a server's draws may come back as text
         "sampler": config.sampling_engine if config.server_url is None else "server",
         **{name: getattr(config, name) for name in _SETTINGS},
         "num_draws": None if config.draws == config.num_generations else config.draws,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from d2o_fast.batching import Example, pack, pack_shared, response_hidden, row_tokens
+from d2o_fast.batching import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.config import D2OConfig
 from d2o_fast.models import autocast, head_of
 from d2o_fast.ops import linear_logprob
@@ -28,20 +28,25 @@ def reference_logps(
     Batches hold whole prompts, at most ``SCORE_TOKENS`` tokens of them, so that memory does not grow with the number of
     examples; which rows share a batch, or ``shared`` prompts, changes a score in its rounding only.
     """
-    head, device = head_of(model), next(model.parameters()).device
+    device = next(model.parameters()).device
     scores: list[list[float]] = []
     for batch_examples in _batches(examples, shared):
         packed = pack_shared(batch_examples, min_anchors=0) if shared else pack(batch_examples, pad, min_anchors=0)
         batch = packed.to(device)
-        with torch.no_grad(), evaluating(model), autocast(config, device):
-            hidden = response_hidden(decoder, batch)
-            token_logps = linear_logprob(hidden, head.weight, batch.targets, **head.options())
-        values = sequence_logps(token_logps, batch.layout).tolist()
+        values = sequence_logps(token_logps(decoder, model, batch, config), batch.layout).tolist()
         for example in batch_examples:
             count = 1 + len(example.anchor_ids)
             scores.append(values[:count])
             values = values[count:]
     return scores
+
+
+def token_logps(decoder: nn.Module, model: nn.Module, batch: PackedBatch, config: D2OConfig) -> torch.Tensor:
+    """fp32 log-probability in nats of each response token of a batch on the model's device, shape (N,)."""
+    head = head_of(model)
+    with torch.no_grad(), evaluating(model), autocast(config, batch.targets.device):
+        hidden = response_hidden(decoder, batch)
+        return linear_logprob(hidden, head.weight, batch.targets, **head.options())
 
 
 def _batches(examples: Sequence[Example], shared: bool = False) -> Iterator[list[Example]]:

@@ -4,6 +4,9 @@ Plain prompts go to ``/v1/completions`` as text, messages to ``/v1/chat/completi
 ``/v1/completions`` as token ids, since its text is not what the model is to see. Every sampling parameter is given
 explicitly: servers fill in what is left out from the model's ``generation_config``.
 
+Where a server returns the ids of the tokens it drew, they are the anchor; where it returns text alone, that is made
+into tokens again (``tokens.py``).
+
 A prompt's K draws are asked for at once (``n``); whatever a server leaves out (``transformers serve`` ignores ``n``) is
 asked for one by one. What can pass (a refused connection, a time-out, 429, 5xx, half an answer) is tried again with the
 same seed; what remains is an error. There are K responses to every prompt in the end, or there is a D2OError.
@@ -17,7 +20,6 @@ K: responses of one prompt.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import logging
@@ -27,10 +29,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from d2o_fast.errors import D2OError
+from d2o_fast.protocol import FORMS, Draw, Form, Passing, Sampling, ServerPrompt, parse, request_seed, short
 
 logger = logging.getLogger("d2o_fast")
 
@@ -39,50 +42,15 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  #: seconds before the second attempt, do
 MAX_ANSWER = 64 << 20  #: bytes
 
 PASSING = (408, 429, 500, 502, 503, 504)  #: HTTP states in which trying again may help
+OTHER_FORM = (400, 422)  #: HTTP states in which the same may be granted when it is asked for in another form
 
 
-@dataclass(frozen=True)
-class ServerPrompt:
-    """A prompt as the server gets it, the number of tokens that it must become there, and its place in the data."""
-
-    content: str | list[dict[str, Any]] | list[int]
-    num_tokens: int
-    place: str
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One response: its text without special tokens, and whether a stop token ended it (and not its length)."""
-
-    text: str
-    ended: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw; as ``sample_responses`` takes it. ``seed`` is ``sampling_seed`` and what follows it (the shard)."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    eos_token_ids: tuple[int, ...]
-    seed: tuple[int | str, ...]
-
-
-class _Passing(Exception):
-    """A fault that may be over at the next attempt; ``after``: seconds that the server asks to wait."""
-
-    def __init__(self, found: str, after: float = 0.0) -> None:
-        super().__init__(found)
-        self.after = after
-
-
-class _Refused(Exception):
+class _Refused(D2OError):
     """An HTTP state that will be the same at the next attempt."""
 
-    def __init__(self, status: int, found: str) -> None:
-        super().__init__(found)
-        self.status = status
+    def __init__(self, status: int, found: str, place: str) -> None:
+        super().__init__(f"{place} ({found}). Check server_url, server_model and the server's log")
+        self.status, self.found = status, found
 
 
 class ServerSampler:
@@ -102,7 +70,8 @@ class ServerSampler:
             raise D2OError("server_model is not set: give the name under which the server serves the initial model")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.model, self.concurrency, self.timeout = model, concurrency, timeout
-        self._form: Any = None  # how the server takes sampling parameters, once it is known
+        self._form: Form | None = None  # how the server takes sampling parameters, once it is known
+        self._tells_ids = False
         self._stop = threading.Event()
 
     def sample(self, prompts: Sequence[ServerPrompt], num: int, sampling: Sampling) -> list[list[Draw]]:
@@ -114,78 +83,94 @@ class ServerSampler:
         """
         if not prompts:
             return []
-        if self._form is None:
-            self._form = self._probe(prompts[0], sampling)
-        self._stop.clear()
+        form = self._known_form(prompts[0], sampling)
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="d2o-server")
         try:
-            futures = [pool.submit(self._draws, p, num, row, sampling, self._form) for row, p in enumerate(prompts)]
+            futures = [pool.submit(self._draws, p, num, row, sampling, form) for row, p in enumerate(prompts)]
             return [future.result() for future in futures]
         finally:  # after a fault of one prompt the others need not wait for theirs
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _draws(self, prompt: ServerPrompt, num: int, row: int, sampling: Sampling, form: Any) -> list[Draw]:
-        draws: list[Draw] = []
-        while len(draws) < num:  # every turn adds at least one
-            draws += self._request(prompt, 1 if draws else num, (row, len(draws)), sampling, form)
-        return draws
+    def scored(self, prompt: ServerPrompt, sampling: Sampling) -> list[Draw] | None:
+        """Four draws of up to 16 tokens at temperature 1 with the log-probabilities that the server gives them.
 
-    def _probe(self, prompt: ServerPrompt, sampling: Sampling) -> Any:
+        None: it tells no token ids, or no log-probabilities.
+
+        Raises:
+            D2OError: as ``sample``.
+        """
+        form = self._known_form(prompt, sampling)
+        if not self._tells_ids:
+            return None
+        plain = replace(sampling, max_new_tokens=16, temperature=1.0, top_p=1.0)
+        try:
+            # As ids on the path on which every server puts the log-probabilities in the same place.
+            ids = replace(prompt, content=prompt.token_ids)
+            draws = self._draws(ids, 4, -2, plain, lambda how: {**form(how), "logprobs": 1})
+        except _Refused as refusal:
+            if refusal.status not in OTHER_FORM:
+                raise
+            return None
+        return draws if all(d.token_ids and d.logps and len(d.token_ids) == len(d.logps) for d in draws) else None
+
+    def _known_form(self, prompt: ServerPrompt, sampling: Sampling) -> Form:
+        self._stop.clear()
+        if self._form is None:
+            self._form = self._probe(prompt, sampling)
+        return self._form
+
+    def _probe(self, prompt: ServerPrompt, sampling: Sampling) -> Form:
         """The form in which the server takes sampling parameters; and the proof that it samples.
 
         Four draws of up to 16 tokens at temperature 2 must differ. They do not where a server decodes greedily, or
         gives one seed to all n choices of a request.
         """
-        hot = Sampling(16, 2.0, 1.0, sampling.eos_token_ids, sampling.seed)
+        hot = replace(sampling, max_new_tokens=16, temperature=2.0, top_p=1.0)
         refusals = []
-        for form in (_as_fields, _as_generation_config):
+        for form in FORMS:
             try:
                 draws = self._draws(prompt, 4, -1, hot, form)
             except _Refused as refusal:
-                refusals.append(str(refusal))
+                if refusal.status not in OTHER_FORM:
+                    raise
+                refusals.append(refusal.found)
                 continue
-            if len({draw.text for draw in draws}) == 1:
+            if len({(draw.text, draw.token_ids) for draw in draws}) == 1:
                 raise D2OError(
-                    f"{self.url}: four draws at temperature 2 gave the same text ({_short(draws[0].text)!r}), so model "
+                    f"{self.url}: four draws at temperature 2 gave the same text ({short(draws[0].text)!r}), so model "
                     f"'{self.model}' is not sampled there, or all choices of a request share one seed. Anchors must be "
                     "draws from the model: serve it with sampling on"
                 )
-            logger.info("%s: samples model '%s'; %s", self.url, self.model, form.__doc__)
+            self._tells_ids = all(draw.token_ids is not None for draw in draws)
+            told = "the tokens come back" if self._tells_ids else "text alone comes back, and is tokenised here"
+            logger.info("%s: samples model '%s'; %s; %s", self.url, self.model, form.__doc__, told)
             return form
         raise D2OError(
-            f"{self.url} refuses requests for {prompt.place} ({' | '.join(refusals)}). Check server_url and "
-            "server_model, and that the server takes top_k or generation_config"
+            f"{self.url} refuses requests for {prompt.place} ({' | '.join(dict.fromkeys(refusals))}). Check server_url "
+            "and server_model, and that the server takes top_k or generation_config"
         )
 
     # --- One request -------------------------------------------------------------------------------------------------
 
-    def _request(
-        self, prompt: ServerPrompt, n: int, place: tuple[int, int], sampling: Sampling, form: Any
-    ) -> list[Draw]:
-        """Between 1 and ``n`` draws.
+    def _draws(self, prompt: ServerPrompt, num: int, row: int, sampling: Sampling, form: Form) -> list[Draw]:
+        draws: list[Draw] = []
+        while len(draws) < num:  # every turn adds at least one
+            n, seed = 1 if draws else num, request_seed(*sampling.seed, row, len(draws))
+            body = {"model": self.model, **prompt.field(), "stream": False, "seed": seed}
+            body |= {"max_tokens": sampling.max_new_tokens, **form(sampling), **({"n": n} if n > 1 else {})}
+            draws += self._request(prompt, n, body)
+        return draws
 
-        Raises:
-            _Refused: while probing, where another form may do.
-        """
-        chat = isinstance(prompt.content, list) and isinstance(prompt.content[0], dict)
-        path = "/chat/completions" if chat else "/completions"
-        seed = request_seed(*sampling.seed, *place)
-        body = {"model": self.model, "messages" if chat else "prompt": prompt.content, "stream": False, "seed": seed}
-        body |= {"max_tokens": sampling.max_new_tokens, **form(sampling), **({"n": n} if n > 1 else {})}
+    def _request(self, prompt: ServerPrompt, n: int, body: dict[str, Any]) -> list[Draw]:
+        """Between 1 and ``n`` draws."""
+        url = self.url + prompt.path
         for attempt in range(ATTEMPTS):
             try:
-                return self._parse(self._post(path, body), prompt, n)
-            except _Refused as refusal:
-                if self._form is None and refusal.status in (400, 422):
-                    raise
-                raise D2OError(
-                    f"{self.url}{path} refuses {prompt.place} ({refusal}). Check server_url, "
-                    "server_model and the server's log"
-                ) from refusal
-            except _Passing as fault:
+                return parse(self._post(url, body, prompt.place), prompt, n, self.url)
+            except Passing as fault:
                 delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), fault.after)
-                found = f"{self.url}{path}, {prompt.place}: {fault} (attempt {attempt + 1} of {ATTEMPTS})"
+                found = f"{url}, {prompt.place}: {fault} (attempt {attempt + 1} of {ATTEMPTS})"
                 logger.warning(found)
                 if attempt + 1 == ATTEMPTS or self._stop.wait(delay):
                     raise D2OError(
@@ -194,101 +179,33 @@ class ServerSampler:
                     ) from fault
         raise AssertionError("unreachable")
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, url: str, body: dict[str, Any], place: str) -> Any:
         """The JSON object that comes back."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         deadline = time.monotonic() + self.timeout
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 data = _read(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                found = f"HTTP {error.code} {error.reason}: {_short(_error_text(error))}"
+                found = f"HTTP {error.code} {error.reason}: {short(_error_text(error))}"
             if error.code in PASSING:
-                raise _Passing(found, _retry_after(error)) from error
-            raise _Refused(error.code, found) from error
+                raise Passing(found, _retry_after(error)) from error
+            raise _Refused(error.code, found, f"{url} refuses {place}") from error
         except TimeoutError as error:
-            raise _Passing(f"no answer within {self.timeout:g} s") from error
+            raise Passing(f"no answer within {self.timeout:g} s") from error
         except urllib.error.URLError as error:
             timed_out = isinstance(error.reason, TimeoutError)
-            raise _Passing(f"no answer within {self.timeout:g} s" if timed_out else f"{error.reason}") from error
+            raise Passing(f"no answer within {self.timeout:g} s" if timed_out else f"{error.reason}") from error
         except http.client.IncompleteRead as error:
-            raise _Passing(f"half an answer ({len(error.partial)} bytes, then the end)") from error
+            raise Passing(f"half an answer ({len(error.partial)} bytes, then the end)") from error
         except (http.client.HTTPException, OSError) as error:
-            raise _Passing(f"{type(error).__name__}: {error}") from error
+            raise Passing(f"{type(error).__name__}: {error}") from error
         try:
             return json.loads(data)
         except ValueError as error:
-            found = _short(data[-60:].decode("utf-8", "replace"))
-            raise _Passing(f"an answer of {len(data)} bytes that is not JSON, ending in {found!r}") from error
-
-    def _parse(self, answer: Any, prompt: ServerPrompt, n: int) -> list[Draw]:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or not choices:
-            raise _Passing(f"an answer without choices: {_short(json.dumps(answer))}")
-        if len(choices) > n:
-            raise D2OError(f"{self.url}: {len(choices)} choices to {prompt.place}, where {n} were asked for")
-        usage = answer.get("usage")
-        read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if read is not None and read != prompt.num_tokens:
-            raise D2OError(
-                f"{self.url} reads {prompt.place} as {read} tokens, and here it has {prompt.num_tokens}: the server "
-                "has another tokenizer, chat template or habit of adding BOS. Serve model_name_or_path itself"
-            )
-        return [_draw(choice) for choice in choices]
-
-
-def request_seed(*parts: int | str) -> int:
-    """53 bits, which every JSON reader keeps: of ``sampling_seed``, shard, row within it (-1 for the probe), draw."""
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 11
-
-
-def _as_fields(sampling: Sampling) -> dict[str, Any]:
-    """sampling parameters go as fields of the request (vLLM, SGLang)"""
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1,  # the whole vocabulary
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": list(sampling.eos_token_ids),
-    }
-
-
-def _as_generation_config(sampling: Sampling) -> dict[str, Any]:
-    """sampling parameters go as generation_config (transformers serve)"""
-    # Fields that are left out would be filled in from the served model's own generation_config.
-    settings = {
-        "do_sample": True,
-        "num_beams": 1,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "typical_p": 1.0,
-        "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "min_length": 0,
-        "eos_token_id": list(sampling.eos_token_ids),
-    }
-    return {"generation_config": json.dumps(settings)}
-
-
-def _draw(choice: Any) -> Draw:
-    choice = choice if isinstance(choice, dict) else {}
-    message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    reason = choice.get("finish_reason")
-    if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise _Passing(f"a choice that is no response (finish_reason {reason!r}): {_short(json.dumps(choice))}")
-    return Draw(text, reason == "stop")
+            found = short(data[-60:].decode("utf-8", "replace"))
+            raise Passing(f"an answer of {len(data)} bytes that is not JSON, ending in {found!r}") from error
 
 
 def _read(response: Any, deadline: float) -> bytes:
@@ -299,7 +216,7 @@ def _read(response: Any, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
         if len(data) > MAX_ANSWER:
-            raise _Passing(f"an answer of more than {MAX_ANSWER >> 20} MiB")
+            raise Passing(f"an answer of more than {MAX_ANSWER >> 20} MiB")
     if response.length:  # what Content-Length promised and did not come
         raise http.client.IncompleteRead(bytes(data), response.length)
     return bytes(data)
@@ -315,8 +232,3 @@ def _error_text(error: urllib.error.HTTPError) -> str:
 def _retry_after(error: urllib.error.HTTPError) -> float:
     seconds = error.headers.get("Retry-After") or ""
     return min(float(seconds), 2 * LONGEST_DELAY) if seconds.isdecimal() else 0.0
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from d2o_fast.batching import Example
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError, DataError
+from d2o_fast.protocol import Draw
 
 if TYPE_CHECKING:
     from d2o_fast.data import Row
@@ -97,17 +98,18 @@ def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> I
 
 def tokenize_drawn(
     rows: Sequence[Row],
-    drawn: Sequence[Sequence[tuple[str, bool]]],
+    drawn: Sequence[Sequence[Draw]],
     tokenizer: PreTrainedTokenizerBase,
     config: D2OConfig,
     stops: Sequence[int],
 ) -> list[list[list[int]]]:
-    """Token ids of responses that came back as text: (text without special tokens, whether a stop token ended it).
+    """Token ids of responses that a server drew.
 
-    A text is tokenised where it stands, right behind its prompt, and then alone if a token would span the boundary. The
-    ids need not be those that were drawn (a text has several tokenisations); they are the ones that are scored and
-    trained on. One that a stop token ended gets the token that the negatives end with; one that ended by its length
-    gets none. What spells a stop token ends there; what is longer than ``max_completion_length`` is cut to it.
+    They are those that it tells. A text without them is tokenised where it stands, right behind its prompt, and then
+    alone if a token would span the boundary; the ids need not be those that were drawn (a text has several
+    tokenisations), but they are the ones that are scored and trained on. One that a stop token ended, and that does not
+    hold it, gets the token that the negatives end with; one that ended by its length gets none. What is a stop token,
+    or spells one, ends there; what is longer than ``max_completion_length`` is cut to it.
 
     Raises:
         DataError: no tokens at all are left.
@@ -116,12 +118,15 @@ def tokenize_drawn(
     out = []
     for row, draws in zip(rows, drawn, strict=True):
         end = [encoder.end(row)]
+        texts = [draw.text for draw in draws if draw.token_ids is None]
+        tokenised = iter(encoder.continuations(row, texts) if texts else [])
         responses = []
-        for ids, (text, ended) in zip(encoder.continuations(row, [text for text, _ in draws]), draws, strict=True):
+        for draw in draws:
+            ids = next(tokenised) if draw.token_ids is None else list(draw.token_ids)
             stop = next((i for i, token in enumerate(ids) if token in stops), None)
-            ids = ids[: stop + 1] if stop is not None else [*ids, *(end if ended else [])]
+            ids = ids[: stop + 1] if stop is not None else [*ids, *(end if draw.ended else [])]
             if not ids:
-                found = f"the sampler returned {text!r}, of which the tokenizer makes no tokens"
+                found = f"the sampler returned {draw.text!r}, of which the tokenizer makes no tokens"
                 raise DataError(row.source, row.index, "anchors", found, "Change sampling_seed")
             responses.append(ids[: config.max_completion_length])
         out.append(responses)

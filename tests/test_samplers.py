@@ -93,7 +93,7 @@ def test_without_a_server_the_line_says_why(model: Any, monkeypatch: pytest.Monk
         yield
 
     monkeypatch.setattr(samplers, "transformers_serve", none)
-    with samplers.samplers(model, word_tokenizer()) as found:
+    with samplers.samplers(model, word_tokenizer(), None) as found:
         assert [value for value in found.values() if isinstance(value, str)] == [
             "transformers serve cannot be started: not here"
         ]
@@ -125,7 +125,7 @@ def test_what_is_made_up_or_held_twice_is_counted(monkeypatch: pytest.MonkeyPatc
 
     class Stores(sampler_faults.Stores):
         def __init__(self, held: list[str]) -> None:
-            self.url, self.folder, self.held = "http://nowhere", tmp_path, held
+            self.url, self.folder, self.vllm, self.held = "http://nowhere", tmp_path, False, held
 
         def make(self, name: str, proxy: Any, timeout: float = 30.0) -> Any:
             for seed, texts in enumerate((["a", "b"], ["c"], [])):

@@ -25,15 +25,22 @@ from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
-from d2o_fast.server import Sampling, ServerPrompt, ServerSampler, request_seed
+from d2o_fast.protocol import Draw, Sampling, ServerPrompt, request_seed
+from d2o_fast.server import ServerSampler
 from d2o_fast.tokens import tokenize_drawn
 from test_anchors import contents, naive_logp
 from test_sampling import chi_square_excess, next_token, peaked_model
 from tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 PROMPT = "how to open the lock?"
-LONG = ServerPrompt(PROMPT, len(tiny_tokenizer()(PROMPT)["input_ids"]), "here, row 1")
-PROMPTS = [LONG, ServerPrompt("how to", 2, "here, row 2"), ServerPrompt(PROMPT[:3], 1, "here, row 3")]
+
+
+def plain(text: str, number: int) -> ServerPrompt:
+    return ServerPrompt(text, tiny_tokenizer()(text)["input_ids"], f"here, row {number}")
+
+
+LONG = plain(PROMPT, 1)
+PROMPTS = [LONG, plain("how to", 2), plain(PROMPT[:3], 3)]
 
 
 def sampling(**options: Any) -> Sampling:
@@ -73,7 +80,7 @@ def test_frequencies_are_the_softmax(served: Any) -> None:
     model, tokenizer = peaked_model(), tiny_tokenizer()
     text = "how to clean the shoe?"  # whose own tokens have a tenth of the mass, which a repetition penalty would move
     prompt = tokenizer(text)["input_ids"]
-    wanted = [ServerPrompt(text, len(prompt), "here, row 1")]
+    wanted = [plain(text, 1)]
     (draws,) = sampler(url, folder, "peaked", 4).sample(wanted, 500, sampling(max_new_tokens=1))
     texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE)]
     outcomes = sorted(set(texts))  # tokens that give the same text cannot be told apart
@@ -127,14 +134,15 @@ def test_messages_go_through_the_servers_template(served: Any) -> None:
     url, folder = served
     tokenizer = tiny_tokenizer(chat=True)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": PROMPT}]
-    count = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    count = len(ids)
     for like_vllm in (False, True):
         with Proxy(url, like_vllm=like_vllm) as proxy:
             chat = sampler(proxy.url, folder, "chat")
-            (draws,) = chat.sample([ServerPrompt(messages, count, "row 1")], 3, sampling(eos_token_ids=(4,)))
+            (draws,) = chat.sample([ServerPrompt(messages, ids, "row 1")], 3, sampling(eos_token_ids=(4,)))
             assert len({d.text for d in draws}) == 3
             with pytest.raises(D2OError, match=f"reads row 1 as {count} tokens, and here it has {count + 1}.*template"):
-                chat.sample([ServerPrompt(messages, count + 1, "row 1")], 3, sampling(eos_token_ids=(4,)))
+                chat.sample([ServerPrompt(messages, [*ids, 1], "row 1")], 3, sampling(eos_token_ids=(4,)))
 
 
 def test_a_stop_token_is_told_from_the_length(served: Any) -> None:
@@ -147,7 +155,7 @@ def test_a_stop_token_is_told_from_the_length(served: Any) -> None:
 def test_a_cut_prompt_goes_as_token_ids(served: Any) -> None:
     url, folder = served
     ids = tiny_tokenizer()(PROMPT)["input_ids"][-3:]
-    cut = ServerPrompt(ids, 3, "row 1, cut to 3 tokens and so sent as token ids")
+    cut = ServerPrompt(ids, ids, "row 1, cut to 3 tokens and so sent as token ids")
     with Proxy(url, like_vllm=True, tokenizer=tiny_tokenizer()) as proxy:
         assert len(sampler(proxy.url, folder).sample([LONG, cut], 2, sampling())[1]) == 2
         assert proxy.log[-1]["body"]["prompt"] == ids
@@ -166,7 +174,7 @@ def test_what_cannot_be_right_is_refused_at_once(served: Any) -> None:
     with pytest.raises(D2OError, match="server_timeout is 0; it must be a number > 0"):
         D2OConfig(server_timeout=0)
     with pytest.raises(D2OError, match=r"refuses requests for here, row 1 .*Check server_url and server_model"):
-        sampler(url, folder, "plain").sample([ServerPrompt([5, 6], 2, "here, row 1")], 2, sampling())
+        sampler(url, folder, "plain").sample([ServerPrompt([5, 6], [5, 6], "here, row 1")], 2, sampling())
     with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 404 .*Check server_url"):
         sampler(url + "/elsewhere", folder).sample([LONG], 2, sampling())
 
@@ -217,7 +225,7 @@ def test_after_a_lasting_fault_the_others_do_not_go_on(served: Any, monkeypatch:
         one = sampler(proxy.url, folder, concurrency=4)
         one.sample([LONG], 1, sampling())
         proxy.faults = dict.fromkeys(range(len(proxy.log), 100), "500")
-        first = ServerPrompt("how to open the lock!", 99, "here, row 1")
+        first = ServerPrompt("how to open the lock!", [5] * 99, "here, row 1")
         answer = proxy.answer
 
         def first_is_bad(handler: Any, path: str, entry: dict[str, Any]) -> None:
@@ -439,7 +447,7 @@ def test_an_instruction_is_sent_and_not_stored(served: Any, tmp_path: Path) -> N
         assert example.prompt_ids == bare
         asked = replace(row, prompt=f"{before}{row.prompt}{after}")
         assert entry["body"]["prompt"] == asked.prompt
-        draws = [(text, ids[-1] == 2) for text, ids in zip(entry["texts"], example.anchor_ids, strict=True)]
+        draws = [Draw(text, ids[-1] == 2) for text, ids in zip(entry["texts"], example.anchor_ids, strict=True)]
         assert example.anchor_ids == tokenize_drawn([row], [draws], tokenizer, config, [2])[0]
         differences += example.anchor_ids != tokenize_drawn([asked], [draws], tokenizer, config, [2])[0]
         for response, logp in zip(example.responses(), example.ref_logps, strict=True):
@@ -462,14 +470,126 @@ def test_an_instruction_to_a_chat_is_a_message(served: Any, tmp_path: Path) -> N
         assert logp == pytest.approx(naive_logp(tiny_model(chat=True), bare.prompt_ids, response), abs=2e-4)
 
 
+# --- Servers that tell the tokens they drew ----------------------------------------------------------------------
+
+
+class TellingProxy(Proxy):
+    """Tells tokens as vLLM does: each character of the text as one of its own, and the stop token.
+
+    Args:
+        model: gives the log-probabilities that are told; none are without it.
+    """
+
+    def __init__(self, server: str, model: Any = None, chat: bool = False) -> None:
+        super().__init__(server, like_vllm=True, tokenizer=tiny_tokenizer(chat))
+        self.model, self.chat = model, chat
+        self.told: list[list[int]] = []
+
+    def spell(self, text: str) -> list[int]:
+        return [token for character in text for token in self.tokenizer(character)["input_ids"]]
+
+    def forward(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "logprobs" in body and self.model is None:
+            return 400, {"error": "log-probabilities are not given"}
+        status, answer = super().forward(path, {name: body[name] for name in body if name != "logprobs"})
+        prompt = body.get("prompt")
+        if isinstance(prompt, str):
+            prompt = self.tokenizer(prompt)["input_ids"]
+        elif prompt is None:
+            prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+        for choice in answer["choices"] if status == 200 and body.get("return_token_ids") else []:
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            ids = self.spell(text) + body["stop_token_ids"][:1] * (choice["finish_reason"] == "stop")
+            choice |= {"token_ids": ids, "prompt_token_ids": prompt}
+            if "logprobs" in body:
+                logps = [naive_logp(self.model, prompt + ids[:i], [token]) for i, token in enumerate(ids)]
+                choice["logprobs"] = {"token_logprobs": logps}
+            elif body["max_tokens"] == 12:
+                self.told.append(ids)
+        return status, answer
+
+
+def test_told_tokens_are_the_anchors(served: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not what the tokenizer would make of the text; the server's weights are compared first."""
+    url, folder = served
+    with TellingProxy(url, tiny_model()) as proxy, caplog.at_level(logging.INFO, logger="d2o_fast"):
+        config = store_config(proxy.url, folder)
+        store = build(tmp_path / "s", config)
+    examples = store.examples()
+    ids = [anchor for example in examples for anchor in example.anchor_ids]
+    assert ids == [told[:12] for told in proxy.told]
+    rows, texts = rows_from(tiny_rows(5)), [e["texts"] for e in proxy.log if e["body"]["max_tokens"] == 12]
+    drawn = [[Draw(text, True) for text in of_prompt] for of_prompt in texts]
+    assert ids != [a for d in tokenize_drawn(rows, drawn, tiny_tokenizer(), config, [2]) for a in d]
+    for example in examples:
+        for response, logp in zip(example.responses(), example.ref_logps, strict=True):
+            assert logp == pytest.approx(naive_logp(tiny_model(), example.prompt_ids, response), abs=2e-4)
+    assert "the tokens come back" in caplog.text
+    (apart,) = re.findall(r"tokens have log-probabilities (\S+) nats from ours on average", caplog.text)
+    assert float(apart) < 1e-5
+    assert [e["body"].get("logprobs") for e in proxy.log] == [None, 1, *[None] * 5]
+
+
+def test_told_tokens_of_a_chat(served: Any, tmp_path: Path) -> None:
+    user = [{"role": "user", "content": "how to open the lock?"}]
+    records = [{"prompt": user, "rejected": [{"role": "assistant", "content": "go away"}]}]
+    with TellingProxy(served[0], tiny_model(chat=True), chat=True) as proxy:
+        store = build(tmp_path / "s", store_config(proxy.url, served[1], "chat"), records, chat=True)
+    assert store.examples()[0].anchor_ids == [ids[:12] for ids in proxy.told]
+    assert proxy.log[-1]["body"]["messages"] == user
+
+
+@pytest.mark.parametrize("case", ["same", "bf16", "other", "untold"])
+def test_a_server_with_other_weights_is_refused(
+    served: Any, case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, folder = served
+    theirs = {"same": tiny_model(), "bf16": tiny_model().bfloat16(), "other": tiny_model(seed=1), "untold": None}[case]
+    with TellingProxy(url, theirs) as proxy, caplog.at_level(logging.INFO, logger="d2o_fast"):
+        config = store_config(proxy.url, folder)
+        if case == "other":
+            with pytest.raises(D2OError, match=r"serves another model than the initial one as '.*plain': \d+ tokens"):
+                build(tmp_path / "s", config)
+            assert not list((tmp_path / "s").glob("shard*"))
+            return
+        assert build(tmp_path / "s", config).complete
+    assert ("its weights are not checked" in caplog.text) is (case == "untold")
+
+
+def test_a_prompt_that_is_read_as_other_tokens_of_the_same_number(served: Any) -> None:
+    ids = list(LONG.token_ids)
+    ids[2] += 1
+    with TellingProxy(served[0], tiny_model()) as proxy:
+        message = rf"reads row 1 with {ids[2] - 1} as its token 3, and here that is {ids[2]}: the server has another"
+        with pytest.raises(D2OError, match=message):
+            sampler(proxy.url, served[1]).sample([replace(LONG, token_ids=ids, place="row 1")], 3, sampling())
+
+
+def test_how_told_tokens_end() -> None:
+    row = tiny_rows(1)[0]
+    told = (
+        ("a", True, (5, 6, 2)),
+        ("a", True, (5, 6)),
+        ("a", False, (5, 6)),
+        ("", True, ()),
+        ("a</s>", True, (5, 2, 6)),
+    )
+    assert drawn_ids(row, *told) == [[5, 6, 2], [5, 6, 2], [5, 6], [2], [5, 2]]
+    assert drawn_ids(row, ("a", False, tuple(range(5, 25)))) == [list(range(5, 13))]
+    mixed = drawn_ids(row, (" it", False), ("?", False, (7,)), (" go", False))
+    assert mixed == [tiny_tokenizer()(" it")["input_ids"], [7], tiny_tokenizer()(" go")["input_ids"]]
+
+
 # --- Text to tokens ----------------------------------------------------------------------------------------------
 
 CONFIG = D2OConfig(max_length=64, max_completion_length=8)
 
 
-def drawn_ids(row: dict[str, Any], *draws: tuple[str, bool], chat: bool = False, **options: Any) -> list[list[int]]:
+def drawn_ids(row: dict[str, Any], *draws: Any, chat: bool = False, **options: Any) -> list[list[int]]:
     stops = [4] if chat else [2]
-    return tokenize_drawn(rows_from([row]), [draws], tiny_tokenizer(chat, **options), CONFIG, stops)[0]
+    return tokenize_drawn(
+        rows_from([row]), [[Draw(*draw) for draw in draws]], tiny_tokenizer(chat, **options), CONFIG, stops
+    )[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"bos": True}, {"prefix_space": True}], ids=["plain", "bos", "prefix space"])
