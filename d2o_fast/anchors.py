@@ -31,8 +31,9 @@ from d2o_fast.data import Row
 from d2o_fast.drawing import Drawer, instructed
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.fingerprint import expected_fingerprint, fingerprint_digest
+from d2o_fast.locking import locked
 from d2o_fast.references import References, reference_names
-from d2o_fast.shards import SCHEMA, begin, check_shard, locked, read_manifest, shard_name, write_shard
+from d2o_fast.shards import SCHEMA, begin, check_shard, read_manifest, shard_name, write_shard
 from d2o_fast.stored import EXAMPLE_COLUMNS, ROW_COLUMNS, Shards, Stored, example_of, row_of
 from d2o_fast.tokens import tokenized
 
@@ -191,7 +192,7 @@ def build_store(
     references = References(model, tokenizer, config)
     fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, "making anchors"):
         counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // size)}
         manifest = begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
         AnchorStore(str(folder), manifest, []).check(fingerprint)

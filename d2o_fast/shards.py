@@ -7,12 +7,10 @@ shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +43,6 @@ SCHEMA = pa.schema(
 )
 
 _MAKE_ANEW = "remove it and its .sha256, and run `d2o sample` again to make it anew"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for one process alone; a second one gets a D2OError at once."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise D2OError(f"{folder}: another process is making anchors here; wait for it or stop it") from error
-        yield  # the lock goes with the file, and with the process however it ends
 
 
 def shard_name(i: int) -> str:

@@ -26,6 +26,7 @@ from d2o_fast.batching import Example, step_batches
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row, rows_from
 from d2o_fast.errors import D2OError
+from d2o_fast.locking import locked
 from d2o_fast.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.model_card import model_card
 from d2o_fast.models import base_of, decoder_of, head_of, load_tokenizer, pad_token_id, refuse_moving_positions
@@ -117,11 +118,18 @@ class D2OTrainer:
                 given. The run continues as if it had never stopped.
 
         Raises:
-            D2OError: a used ``output_dir``, a checkpoint or store that does not fit, a loss that is not finite.
+            D2OError: a used ``output_dir``, or one in which another process trains; a checkpoint or store that does not
+                fit; a loss that is not finite.
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        path = ckpt.find_checkpoint(self.args.output_dir, resume)
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "training"):
+            self._train_from(ckpt.find_checkpoint(self.args.output_dir, resume))
+        self._call("train_end", self.state.metrics)
+        return TrainResult(self.state.global_step, self.state.metrics)
+
+    def _train_from(self, path: Path | None) -> None:
         if path is not None:
             self.state = ckpt.load_state(path)
             ckpt.check_unchanged(path, self.state, self.args)
@@ -131,8 +139,6 @@ class D2OTrainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self._train(path)
         self.save_model(self.args.output_dir)
-        self._call("train_end", self.state.metrics)
-        return TrainResult(self.state.global_step, self.state.metrics)
 
     def _train(self, path: Path | None) -> None:
         args, state = self.args, self.state

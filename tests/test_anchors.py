@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from d2o_fast import drawing as drawing_module
+from d2o_fast import locking as locking_module
 from d2o_fast import references as references_module
 from d2o_fast import scoring as scoring_module
 from d2o_fast import shards as shards_module
@@ -29,6 +30,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.identity import weights_digest
+from d2o_fast.locking import locked
 from d2o_fast.models import decoder_of
 from d2o_fast.sampling import sample_responses
 from d2o_fast.scoring import reference_logps
@@ -414,12 +416,26 @@ def test_a_second_process_is_refused(tmp_path):
     model_folder = save_tiny(tmp_path / "model")
     folder = tmp_path / "s"
     folder.mkdir()
-    with shards_module.locked(folder):
+    with locked(folder, "making anchors"):
         with pytest.raises(D2OError, match="another process is making anchors here"):
             build(folder)
         code, steps = _run(model_folder, folder)
         assert (code, steps) == (1, 0)
     assert build(folder).complete
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before its holder ended: whoever comes next makes a new file, and would have a lock of their own."""
+    flock = locking_module.fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (tmp_path / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(locking_module.fcntl, "flock", late)
+    with pytest.raises(D2OError, match="another process is working here"), locked(tmp_path, "working"):
+        pass
 
 
 def test_the_manifest_is_readable(tmp_path):

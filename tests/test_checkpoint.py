@@ -280,6 +280,25 @@ def test_a_used_folder_is_not_overwritten(inputs: Path, used: Path) -> None:
     assert contents(used).items() <= before.items()
 
 
+def test_two_runs_in_one_folder(inputs: Path, used: Path) -> None:
+    """The second is refused while the first is at work; at its end nothing is left that would refuse a third."""
+    runs: list[str] = []
+
+    def second(run: D2OTrainer, event: str, metrics: dict[str, float]) -> None:
+        if event == "log" and not runs:
+            with pytest.raises(D2OError, match="another process is training here; wait for it or stop it"):
+                trainer(inputs, used).train("latest")
+            runs.append(event)
+
+    for path in ckpt.checkpoints(used)[-1:]:
+        shutil.rmtree(path)
+    trainer(inputs, used, callbacks=[second]).train("latest")
+    assert runs == ["log"]
+    assert not (used / ".lock").exists()
+    (used / ".lock").touch()  # as a killed run leaves it
+    trainer(inputs, used).train("latest")
+
+
 def test_settings_that_must_not_change_are_named(inputs: Path, used: Path) -> None:
     changes = {"seed": 7, "gradient_accumulation_steps": 4, "learning_rate": 1e-4, "logging_steps": 1}
     with pytest.raises(D2OError) as error:
