@@ -22,7 +22,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data import Row
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.filters import AnchorFilter
-from d2o_fast.models import autocast, base_of, decoder_of, pad_token_id
+from d2o_fast.models import autocast, base_of, decoder_of, pad_token_id, vocabulary_size
 from d2o_fast.protocol import Sampling, ServerPrompt
 from d2o_fast.sampling import sample_responses
 from d2o_fast.scoring import token_logps
@@ -134,9 +134,13 @@ class Drawer:
             D2OError: they are another model's.
         """
         draws = server.scored(prompt, how)
-        if draws is None:
+        if not draws:
             logger.info("%s tells no log-probabilities of tokens: its weights are not checked", server.url)
             return
+        other = f"{server.url} serves another model than the initial one as '{server.model}'"
+        largest, size = max(token for draw in draws for token in draw.token_ids or ()), vocabulary_size(self.model)
+        if largest >= size:
+            raise D2OError(f"{other}: it drew the token {largest} of {size}. Serve model_name_or_path itself")
         first, *others = [list(draw.token_ids or ()) for draw in draws]
         batch = pack([Example(prompt.token_ids, first, others, [])], self.pad).to(base_of(self.model).device)
         here = token_logps(decoder_of(self.model), self.model, batch, self.config).tolist()
@@ -146,10 +150,7 @@ class Drawer:
         found = f"{len(here)} tokens have log-probabilities {apart:.2g} nats from ours on average, and {limit:.2g}"
         logger.info("%s: %s would be too far", server.url, found)
         if not apart <= limit:
-            raise D2OError(
-                f"{server.url} serves another model than the initial one as '{server.model}': {found} is the most. "
-                "Serve the weights of model_name_or_path, unquantised"
-            )
+            raise D2OError(f"{other}: {found} is the most. Serve model_name_or_path itself")
 
 
 def instructed(

@@ -123,6 +123,12 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model()  # type: ignore[operator]
 
 
+def vocabulary_size(model: Any) -> int:
+    """Ids below it have both an embedding and a row of the head."""
+    embedding: Any = base_of(model).get_input_embeddings()
+    return min(head_of(model).weight.shape[0], embedding.weight.shape[0])
+
+
 def head_of(model: nn.Module) -> Head:
     """Weight, bias, softcap and logit scale of the model's head.
 

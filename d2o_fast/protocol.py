@@ -71,7 +71,10 @@ class Passing(Exception):
 
 
 def request_seed(*parts: int | str) -> int:
-    """53 bits, which every JSON reader keeps: of ``sampling_seed``, shard, row within it (-1 for the probe), draw."""
+    """53 bits, which every JSON reader keeps: of ``sampling_seed``, shard, row within it, draw.
+
+    The row is -1 and -2 for what is asked before the first one.
+    """
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 11
 
@@ -141,7 +144,11 @@ def parse(answer: Any, prompt: ServerPrompt, n: int, server: str) -> list[Draw]:
     if len(choices) > n:
         raise D2OError(f"{server}: {len(choices)} choices to {prompt.place}, where {n} were asked for")
     _refuse_other_prompt(answer, prompt, server)
-    return [_draw(choice) for choice in choices]
+    draws = [_draw(choice) for choice in choices]
+    told = sum(draw.token_ids is not None for draw in draws)
+    if 0 < told < len(draws):
+        raise Passing(f"an answer with the tokens of {told} of its {len(draws)} choices")
+    return draws
 
 
 def _refuse_other_prompt(answer: dict[str, Any], prompt: ServerPrompt, server: str) -> None:
@@ -172,7 +179,12 @@ def _draw(choice: dict[str, Any]) -> Draw:
         raise Passing(f"a choice that is no response (finish_reason {reason!r}): {short(json.dumps(choice))}")
     logprobs = choice.get("logprobs")
     logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    return Draw(text, reason == "stop", None if ids is None else tuple(ids), None if logps is None else tuple(logps))
+    return Draw(
+        text,
+        reason == "stop",
+        token_ids=None if ids is None else tuple(ids),
+        logps=None if logps is None or None in logps else tuple(logps),
+    )
 
 
 def short(text: str) -> str:

@@ -22,16 +22,15 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 from d2o_fast.identity import Identity, identity_of
 from d2o_fast.models import (
-    base_of,
     decoder_of,
     has_tokenizer,
-    head_of,
     load_model,
     load_tokenizer,
     pad_token_id,
     quiet_transformers,
     refuse_moving_positions,
     refuse_quantised,
+    vocabulary_size,
 )
 from d2o_fast.scoring import reference_logps
 from d2o_fast.sharing import choose_sharing
@@ -212,8 +211,7 @@ class _Scorer:
             return reference_logps(self.decoder, self.model, part, self.config, self.pad, self.shared)
 
     def _refuse_unknown_ids(self, examples: Sequence[Example]) -> None:
-        embedding: Any = base_of(self.model).get_input_embeddings()
-        size = min(head_of(self.model).weight.shape[0], embedding.weight.shape[0])
+        size = vocabulary_size(self.model)
         largest = max(token for e in examples for ids in (e.prompt_ids, *e.responses()) for token in ids)
         if largest >= size:
             raise D2OError(

@@ -78,8 +78,8 @@ class ServerSampler:
         """K = ``num`` draws for every prompt, in the order of ``prompts``.
 
         Raises:
-            D2OError: a server that cannot be reached, refuses, does not sample, reads a prompt as another number of
-                tokens, or keeps answering with something else than responses.
+            D2OError: a server that cannot be reached, refuses, does not sample, reads a prompt as other tokens, cuts a
+                response, or keeps answering with something else than responses.
         """
         if not prompts:
             return []
@@ -87,15 +87,28 @@ class ServerSampler:
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="d2o-server")
         try:
             futures = [pool.submit(self._draws, p, num, row, sampling, form) for row, p in enumerate(prompts)]
-            return [future.result() for future in futures]
+            draws = [future.result() for future in futures]
         finally:  # after a fault of one prompt the others need not wait for theirs
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+        for prompt, of_prompt in zip(prompts, draws, strict=True):
+            self._refuse_cut(prompt, of_prompt, sampling.max_new_tokens)
+        return draws
+
+    def _refuse_cut(self, prompt: ServerPrompt, draws: Sequence[Draw], length: int) -> None:
+        """vLLM, for one, does not refuse a request that its context has no room for: it ends the response sooner."""
+        for draw in draws:
+            if draw.token_ids is not None and not draw.ended and len(draw.token_ids) < length:
+                raise D2OError(
+                    f"{self.url} ends a response to {prompt.place} by its length after {len(draw.token_ids)} tokens, "
+                    f"and {length} were asked for: its context is shorter than max_length. Serve the model with room "
+                    "for prompt and response (vLLM: --max-model-len)"
+                )
 
     def scored(self, prompt: ServerPrompt, sampling: Sampling) -> list[Draw] | None:
         """Four draws of up to 16 tokens at temperature 1 with the log-probabilities that the server gives them.
 
-        None: it tells no token ids, or no log-probabilities.
+        Of those that have any tokens; None: it tells no token ids, or no log-probabilities of them.
 
         Raises:
             D2OError: as ``sample``.
@@ -109,10 +122,11 @@ class ServerSampler:
             ids = replace(prompt, content=prompt.token_ids)
             draws = self._draws(ids, 4, -2, plain, lambda how: {**form(how), "logprobs": 1})
         except _Refused as refusal:
-            if refusal.status not in OTHER_FORM:
+            if refusal.status not in (*OTHER_FORM, 404):  # 404: it knows chats alone
                 raise
             return None
-        return draws if all(d.token_ids and d.logps and len(d.token_ids) == len(d.logps) for d in draws) else None
+        draws = [draw for draw in draws if draw.token_ids]  # a stop token at once, which some servers leave out
+        return draws if all(d.logps is not None and len(d.logps) == len(d.token_ids or ()) for d in draws) else None
 
     def _known_form(self, prompt: ServerPrompt, sampling: Sampling) -> Form:
         self._stop.clear()
@@ -142,7 +156,7 @@ class ServerSampler:
                     f"'{self.model}' is not sampled there, or all choices of a request share one seed. Anchors must be "
                     "draws from the model: serve it with sampling on"
                 )
-            self._tells_ids = all(draw.token_ids is not None for draw in draws)
+            self._tells_ids = draws[0].token_ids is not None
             told = "the tokens come back" if self._tells_ids else "text alone comes back, and is tokenised here"
             logger.info("%s: samples model '%s'; %s; %s", self.url, self.model, form.__doc__, told)
             return form
@@ -167,7 +181,10 @@ class ServerSampler:
         url = self.url + prompt.path
         for attempt in range(ATTEMPTS):
             try:
-                return parse(self._post(url, body, prompt.place), prompt, n, self.url)
+                draws = parse(self._post(url, body, prompt.place), prompt, n, self.url)
+                if self._tells_ids and draws[0].token_ids is None:
+                    raise Passing("an answer without the tokens, which this server told before")
+                return draws
             except Passing as fault:
                 delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), fault.after)
                 found = f"{url}, {prompt.place}: {fault} (attempt {attempt + 1} of {ATTEMPTS})"

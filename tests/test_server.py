@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -478,12 +480,14 @@ class TellingProxy(Proxy):
 
     Args:
         model: gives the log-probabilities that are told; none are without it.
+        change: what to do to an answer before it goes out.
     """
 
-    def __init__(self, server: str, model: Any = None, chat: bool = False) -> None:
+    def __init__(self, server: str, model: Any = None, chat: bool = False, change: Any = None) -> None:
         super().__init__(server, like_vllm=True, tokenizer=tiny_tokenizer(chat))
-        self.model, self.chat = model, chat
+        self.model, self.change = model, change
         self.told: list[list[int]] = []
+        self.told_logps: list[float] = []
 
     def spell(self, text: str) -> list[int]:
         return [token for character in text for token in self.tokenizer(character)["input_ids"]]
@@ -492,20 +496,28 @@ class TellingProxy(Proxy):
         if "logprobs" in body and self.model is None:
             return 400, {"error": "log-probabilities are not given"}
         status, answer = super().forward(path, {name: body[name] for name in body if name != "logprobs"})
-        prompt = body.get("prompt")
-        if isinstance(prompt, str):
+        chat, prompt = path.endswith("/chat/completions"), body.get("prompt")
+        if chat:
+            messages = body["messages"]
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        elif isinstance(prompt, str):
             prompt = self.tokenizer(prompt)["input_ids"]
-        elif prompt is None:
-            prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
         for choice in answer["choices"] if status == 200 and body.get("return_token_ids") else []:
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            ids = self.spell(text) + body["stop_token_ids"][:1] * (choice["finish_reason"] == "stop")
-            choice |= {"token_ids": ids, "prompt_token_ids": prompt}
-            if "logprobs" in body:
+            ids = self.spell(choice["message"]["content"] if chat else choice["text"])
+            ids += body["stop_token_ids"][:1] * (choice["finish_reason"] == "stop")
+            choice["token_ids"] = ids
+            if chat:
+                choice["message"]["content"], answer["prompt_token_ids"] = None, prompt  # as if it had been reasoning
+            else:
+                choice["prompt_token_ids"] = prompt
+            if "logprobs" in body and not chat:
                 logps = [naive_logp(self.model, prompt + ids[:i], [token]) for i, token in enumerate(ids)]
                 choice["logprobs"] = {"token_logprobs": logps}
+                self.told_logps += logps
             elif body["max_tokens"] == 12:
                 self.told.append(ids)
+        if status == 200 and self.change is not None:
+            self.change(answer, body)
         return status, answer
 
 
@@ -537,23 +549,87 @@ def test_told_tokens_of_a_chat(served: Any, tmp_path: Path) -> None:
         store = build(tmp_path / "s", store_config(proxy.url, served[1], "chat"), records, chat=True)
     assert store.examples()[0].anchor_ids == [ids[:12] for ids in proxy.told]
     assert proxy.log[-1]["body"]["messages"] == user
+    assert proxy.log[1]["body"]["logprobs"] == 1
+    assert len(proxy.told_logps) > 0
+
+    def read_otherwise(answer: dict[str, Any], body: dict[str, Any]) -> None:
+        if "prompt_token_ids" in answer:
+            answer["prompt_token_ids"][2] += 1
+
+    message = r"reads memory, row 1 with \d+ as its token 3, and here that is"
+    other = TellingProxy(served[0], tiny_model(chat=True), chat=True, change=read_otherwise)
+    with other as proxy, pytest.raises(D2OError, match=message):
+        build(tmp_path / "t", store_config(proxy.url, served[1], "chat"), records, chat=True)
 
 
-@pytest.mark.parametrize("case", ["same", "bf16", "other", "untold"])
+@pytest.mark.parametrize("case", ["same", "bf16", "other", "untold", "some untold", "more tokens", "nan"])
 def test_a_server_with_other_weights_is_refused(
     served: Any, case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, folder = served
-    theirs = {"same": tiny_model(), "bf16": tiny_model().bfloat16(), "other": tiny_model(seed=1), "untold": None}[case]
-    with TellingProxy(url, theirs) as proxy, caplog.at_level(logging.INFO, logger="d2o_fast"):
+    theirs = {"bf16": tiny_model().bfloat16(), "other": tiny_model(seed=1), "untold": None}.get(case, tiny_model())
+
+    def change(answer: dict[str, Any], body: dict[str, Any]) -> None:
+        for choice in answer["choices"] if "logprobs" in body else []:
+            if case == "some untold":
+                choice["logprobs"]["token_logprobs"][0] = None
+            elif case == "more tokens":
+                choice["token_ids"][-1] = VOCAB_SIZE
+            elif case == "nan":
+                choice["logprobs"]["token_logprobs"][0] = math.nan
+
+    refused = {"other": r"\d+ tokens have log-", "more tokens": "it drew the token 160 of 160", "nan": ".* nan nats"}
+    with TellingProxy(url, theirs, change=change) as proxy, caplog.at_level(logging.INFO, logger="d2o_fast"):
         config = store_config(proxy.url, folder)
-        if case == "other":
-            with pytest.raises(D2OError, match=r"serves another model than the initial one as '.*plain': \d+ tokens"):
+        if case in refused:
+            message = rf"serves another model than the initial one as '.*plain': {refused[case]}"
+            with pytest.raises(D2OError, match=message):
                 build(tmp_path / "s", config)
             assert not list((tmp_path / "s").glob("shard*"))
             return
         assert build(tmp_path / "s", config).complete
-    assert ("its weights are not checked" in caplog.text) is (case == "untold")
+    assert ("its weights are not checked" in caplog.text) is case.endswith("untold")
+
+
+@pytest.mark.parametrize("name", ["plain", "peaked"])
+def test_how_far_a_server_may_lie(served: Any, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tenth of the log-probabilities' spread, or 0.02 nats where that is more."""
+    url, folder = served
+    model = peaked_model() if name == "peaked" else tiny_model()
+    with TellingProxy(url, model) as proxy, caplog.at_level(logging.INFO, logger="d2o_fast"):
+        config = store_config(proxy.url, folder, name)
+        build_store(model, tiny_tokenizer(), rows_from(tiny_rows(1)), config, tmp_path / "s")
+    (limit,) = re.findall(r"and (\S+) would be too far", caplog.text)
+    spread = statistics.pstdev(proxy.told_logps)
+    assert (spread > 0.3) is (name == "peaked")
+    assert float(limit) == pytest.approx(max(spread / 10, 0.02), rel=0.05)
+
+
+def test_a_server_that_tells_the_tokens_of_some_choices_only(served: Any, fast: None, tmp_path: Path) -> None:
+    url, folder = served
+
+    def leave_out(answer: dict[str, Any], body: dict[str, Any]) -> None:
+        if body["max_tokens"] == 12:
+            answer["choices"][-1].pop("token_ids")
+
+    for count, found in (
+        (3, "the tokens of 2 of its 3 choices"),
+        (1, "without the tokens, which this server told bef"),
+    ):
+        with TellingProxy(url, tiny_model(), change=leave_out) as proxy:
+            config = store_config(proxy.url, folder, num_generations=count)
+            with pytest.raises(D2OError, match=found):
+                build(tmp_path / f"s{count}", config)
+
+
+def test_a_response_that_the_servers_context_cut_is_refused(served: Any, tmp_path: Path) -> None:
+    def cut(answer: dict[str, Any], body: dict[str, Any]) -> None:
+        if body["max_tokens"] == 12:
+            answer["choices"][1] |= {"finish_reason": "length", "token_ids": [5] * 11}
+
+    message = r"ends a response to memory, row 1 by its length after 11 tokens, and 12 were asked for: .*max-model-len"
+    with TellingProxy(served[0], tiny_model(), change=cut) as proxy, pytest.raises(D2OError, match=message):
+        build(tmp_path / "s", store_config(proxy.url, served[1]))
 
 
 def test_a_prompt_that_is_read_as_other_tokens_of_the_same_number(served: Any) -> None:
