@@ -8,8 +8,8 @@
 and with ``anchor_weight``, at the demo's learning rate and steps. *Region*: one setting at a time is moved away from
 the frozen and from the refreshed run. *Corners*: all of them at once, from the refreshed run, to the ends of what the
 region found good: half of the 32 corners, so chosen that any two settings are seen in all four combinations equally
-often. Every run is watched on held-out prompts every ``LOOK`` steps: what counts is the worst moment too, not only the
-end.
+often, and eight more with the usual ``alpha``. Every run is watched on held-out prompts every ``LOOK`` steps: what
+counts is the worst moment too, not only the end.
 
 Writes ``online-study.json`` (every run), ``.md`` (tables) and ``.png`` under ``benchmarks/results``. A run that is
 there already is not made again, so that the study can be stopped and continued.
@@ -95,6 +95,8 @@ CORNERS = [
     for corner in itertools.product((0, 1), repeat=len(ENDS))
     if sum(corner) % 2 == 0
 ]
+#: And those with the usual alpha in place of the lower one, which is what matters most.
+CORNERS += [dataclasses.replace(v, alpha=CENTRES[1].alpha) for v in CORNERS if v.alpha == ENDS["alpha"][0]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,6 +229,9 @@ def markdown(report: dict[str, Any]) -> str:
         if numbers:
             title += f", {_range(numbers)} seeds"
             lines += ["", f"## {title}", "", *_table(groups, [*CENTRES, *variants], "variant", str)]
+    if all(v in groups for v in CORNERS):
+        lines += ["", "Means over the corners with each value of a setting:", ""]
+        lines += _effects(groups)
     used = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     commits = Counter(run["commit"] for run in runs)
     made = ", ".join(f"{name} ({number} runs)" for name, number in commits.items())
@@ -270,6 +275,16 @@ def _table(
         cells.append(f"{min(100 * shares['helpful'] for _, shares in looks):.1f}")
         cells.append(f"{max(100 * shares['garbage'] for _, shares in looks):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _effects(groups: dict[Variant, list[dict[str, Any]]]) -> list[str]:
+    lines = ["| setting | value | harmful | helpful | garbage |", "|---|---|---|---|---|"]
+    for name in ENDS:
+        for value in sorted({getattr(v, name) for v in CORNERS}):
+            ends = [r["curve"][-1][1] for v in CORNERS if getattr(v, name) == value for r in groups[v]]
+            means = (statistics.mean(shares[label] for shares in ends) for label in ("harmful", "helpful", "garbage"))
+            lines.append(f"| {name} | {value:g} | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |")
     return lines
 
 
