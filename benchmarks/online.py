@@ -1,7 +1,7 @@
 """The online study: when to draw anchors anew, and how taut to hold the leash, in the demo's language.
 
-    python -m benchmarks.online                   # five seeds, some four hours on two idle cores
-    python -m benchmarks.online --part schedules  # the schedules alone, about half of it
+    python -m benchmarks.online                   # five seeds, some five hours on two idle cores
+    python -m benchmarks.online --part schedules  # the schedules alone
     python -m benchmarks.online --quick           # one seed, a few steps: shows that it runs
 
 *Schedules*: anchors frozen, drawn anew every three epochs, every epoch or every step (``refresh_every``), each without
