@@ -68,7 +68,8 @@ class Drawer:
         Of each, too, why the others of its draws were dropped (``filters.REASONS``).
 
         Raises:
-            D2OError: fewer responses than asked for, a server that cannot be sampled from, a score that is not finite.
+            D2OError: fewer responses than asked for, a server that cannot be sampled from or serves another model, a
+                score that is not finite.
         """
         wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
         wanted_rows, wanted_examples = [rows[i] for i in wanted], [examples[i] for i in wanted]

@@ -125,20 +125,18 @@ class D2OTrainer:
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, "training"):
-            self._train_from(ckpt.find_checkpoint(self.args.output_dir, resume))
+            path = ckpt.find_checkpoint(self.args.output_dir, resume)
+            if path is not None:
+                self.state = ckpt.load_state(path)
+                ckpt.check_unchanged(path, self.state, self.args)
+                self.state.config = dataclasses.asdict(self.args)
+            for name in self.datasets:
+                self._prepare(name, resumed=path)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self._train(path)
+            self.save_model(self.args.output_dir)
         self._call("train_end", self.state.metrics)
         return TrainResult(self.state.global_step, self.state.metrics)
-
-    def _train_from(self, path: Path | None) -> None:
-        if path is not None:
-            self.state = ckpt.load_state(path)
-            ckpt.check_unchanged(path, self.state, self.args)
-            self.state.config = dataclasses.asdict(self.args)
-        for name in self.datasets:
-            self._prepare(name, resumed=path)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            self._train(path)
-        self.save_model(self.args.output_dir)
 
     def _train(self, path: Path | None) -> None:
         args, state = self.args, self.state
