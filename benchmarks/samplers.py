@@ -38,7 +38,7 @@ from benchmarks.serving import transformers_serve, vllm_serve
 from d2o_fast.config import D2OConfig
 from d2o_fast.data import rows_from
 from d2o_fast.protocol import Sampling, ServerPrompt
-from d2o_fast.sampling import Engine, sample_responses
+from d2o_fast.sampling import sample_responses
 from d2o_fast.server import ServerSampler
 from d2o_fast.tokens import tokenize_drawn
 
@@ -113,11 +113,11 @@ def generate_loop(model: Any, together: bool) -> Sampler:
     return sample
 
 
-def ours(model: Any, engine: Engine) -> Sampler:
+def ours(model: Any) -> Sampler:
     """``sample_responses``, which ``d2o sample`` calls."""
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
-        options: dict[str, Any] = {"eos_token_ids": [EOS], "pad_token_id": EOS, "seed": seed, "engine": engine}
+        options: dict[str, Any] = {"eos_token_ids": [EOS], "pad_token_id": EOS, "seed": seed}
         return sample_responses(model, prompts, num, max_new_tokens=longest, **options)
 
     return sample
@@ -150,8 +150,7 @@ def samplers(model: Any, tokenizer: Any, vllm: str | None) -> Iterator[dict[str,
     found: dict[str, Sampler | str] = {
         "generate, one response at a time": generate_loop(model, together=False),
         "generate, one prompt at a time (num_return_sequences = K)": generate_loop(model, together=True),
-        "d2o-fast in process (engine generate)": ours(model, "generate"),
-        "d2o-fast in process (engine continuous: transformers' continuous batching)": ours(model, "continuous"),
+        "d2o-fast in process": ours(model),
     }
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

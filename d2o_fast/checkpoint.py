@@ -25,19 +25,11 @@ from typing import Any
 
 import torch
 
-from d2o_fast.config import D2OConfig
+from d2o_fast.config import D2OConfig, fixed
 from d2o_fast.errors import D2OError
 from d2o_fast.sharing import Sharing
 
 PREFIX, TEMPORARY, FINAL = "checkpoint-", ".tmp-", ".tmp-final"
-#: settings that decide what is trained and how; the data's own are covered by the stores' digests
-FIXED = (
-    *("alpha", "beta", "anchor_weight", "dtype", "seed", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("refresh_every", "refresh_strategy"),
-    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-)
 
 
 @dataclass
@@ -155,12 +147,13 @@ def load_state(path: Path) -> TrainerState:
 def check_unchanged(path: Path, state: TrainerState, config: D2OConfig) -> None:
     """
     Raises:
-        D2OError: a setting of ``FIXED`` differs from the checkpoint's.
+        D2OError: a setting that decides what is trained and how differs from the checkpoint's. The digests of the
+            stores cover the settings of the data.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [name for name in FIXED if name in state.config and state.config[name] != now[name]]
+    before, now = fixed(state.config), fixed(json.loads(json.dumps(dataclasses.asdict(config))))
+    changed = [name for name in before if before[name] != now.get(name)]
     if changed:
-        lines = "\n".join(f"  {name}: {state.config[name]!r} in the checkpoint, now {now[name]!r}" for name in changed)
+        lines = "\n".join(f"  {name}: {before[name]!r} in the checkpoint, now {now.get(name)!r}" for name in changed)
         raise D2OError(f"{path} cannot be continued under other settings:\n{lines}\nSet these back, or start anew")
 
 

@@ -8,30 +8,17 @@ slow to import is imported by the command that needs it.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2o_fast.arguments import COMMANDS, instead, parse, parser
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-
-COMMANDS = {
-    "demo": "align a small model from start to finish and show what it did",
-    "sample": "draw K anchors per prompt and score them and the negatives",
-    "anchors": "inspect the anchors that were made, or export them for other trainers",
-    "train": "train a model away from its negatives (samples first what is missing)",
-    "eval": "held-out loss, rewards and judge: the initial model beside the trained one",
-    "doctor": "what this machine has, which paths will run, and why not the others",
-}
-NAMES = [field.name for field in dataclasses.fields(D2OConfig)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"d2o-fast {__version__}")
             return 0
         if command not in COMMANDS:
-            raise D2OError(
-                f"unknown command '{command}'{_nearest(command, list(COMMANDS))} (d2o --help lists them all)"
-            )
+            raise D2OError(f"unknown command '{command}'{instead(command, list(COMMANDS))} (d2o --help lists them all)")
+        if {"-h", "--help"} & set(arguments):
+            print(parser(command).format_help())
+            return 0
         return _run(command, arguments[1:])
     except D2OError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,31 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    options, settings = parse(command, arguments)
     if command == "demo":
-        from d2o_fast.demo.run import main as demo
+        from d2o_fast.demo.run import demo
 
-        return demo(arguments)
+        return demo(**options, run=main)
     if command == "anchors":
-        from d2o_fast.inspect_store import main as anchors
+        from d2o_fast.inspect_store import anchors
 
-        return anchors(arguments)
+        return anchors(**options)
     if command == "doctor":
-        from d2o_fast.doctor import main as doctor
+        from d2o_fast.doctor import doctor
 
-        return doctor(arguments)
-    dry_run = command == "sample" and "--dry-run" in arguments
-    arguments = [argument for argument in arguments if not (dry_run and argument == "--dry-run")]
-    extra = {"eval_model": "folder of the trained model; output_dir if not given"} if command == "eval" else {}
-    parsed = parse(command, arguments, extra)
-    if parsed is None:
-        return 0
-    config, options = parsed
+        return doctor(as_json=options["json"])
+    config = D2OConfig(**settings)
     _show_log()
     if command == "eval":
         return _eval(config, options["eval_model"])
-    if dry_run:
-        return _dry_run(config)
-    return {"sample": _sample, "train": _train}[command](config)
+    if command == "train":
+        return _train(config)
+    return _dry_run(config) if options["dry_run"] else _sample(config)
 
 
 def _show_log() -> None:
@@ -98,94 +81,6 @@ def _show_log() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-# --- Settings ----------------------------------------------------------------------------------------------------
-
-
-def parse(
-    command: str, arguments: Sequence[str], extra: dict[str, str] | None = None
-) -> tuple[D2OConfig, dict[str, Any]] | None:
-    """The settings of ``[config.yaml] [--name value ...]`` and the values of the ``extra`` flags; None after --help.
-
-    Raises:
-        D2OError: a name that is no setting, a value of the wrong type, a file that cannot be read.
-    """
-    from jsonargparse import ArgumentError
-
-    extra, arguments = extra or {}, list(arguments)
-    parser = _parser(command, extra)
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help())
-        return None
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--config")
-    has_file = arguments[:1] == ["--config"]
-    if has_file and len(arguments) > 1:
-        _check_file(arguments[1])
-    for flag in (argument for argument in arguments[has_file:] if argument.startswith("--")):
-        name = flag[2:].split("=")[0].removesuffix("+")
-        if name not in (*NAMES, *extra, "print_config"):
-            raise D2OError(f"unknown flag --{name}{_nearest(name, [*NAMES, *extra], '--')}")
-    try:
-        found = parser.parse_args(arguments)
-    except ArgumentError as error:
-        message = " ".join(str(error).split())
-        raise D2OError(f"{message}. See d2o {command} --help") from error
-    values = {name: getattr(found, name) for name in NAMES}
-    return D2OConfig(**values), {name: getattr(found, name) for name in extra}
-
-
-def _check_file(name: str) -> None:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise D2OError(f"the settings file '{name}' cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise D2OError(f"the settings file '{name}' is not YAML: {' '.join(str(error).split())}") from error
-    if settings is not None and not isinstance(settings, dict):
-        raise D2OError(f"the settings file '{name}' must hold lines of the form 'name: value'")
-    for key in settings or {}:
-        if key not in NAMES:
-            raise D2OError(f"{name}: unknown setting '{key}'{_nearest(str(key), NAMES)}")
-
-
-def _nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """The end of a message: the one of ``names`` that was probably meant."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
-
-
-def _parser(command: str, extra: dict[str, str]) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog=f"d2o {command}",
-        usage=f"d2o {command} [config.yaml] {'[--dry-run] ' if command == 'sample' else ''}[--setting value ...]",
-        description=f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}. A setting given as a flag wins over the "
-        f"file's.{' With --dry-run it says what it understood of the data, and stops.' if command == 'sample' else ''}",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="the settings file may also come first, without --config")
-    for name, text in extra.items():
-        parser.add_argument(f"--{name}", type=str, default=None, help=text)
-    parser.add_class_arguments(D2OConfig)
-    comments = _comments()
-    for action in parser._actions:
-        if action.dest in comments:
-            action.help = comments[action.dest]
-    for group in parser._action_groups:
-        if "D2OConfig" in str(group.title):
-            group.title = "settings"
-    return parser
-
-
-def _comments() -> dict[str, str]:
-    """What the source of ``D2OConfig`` says beside each field: its ``#:`` comment."""
-    found = re.findall(r"^    (\w+): .*?  #: (.*)$", inspect.getsource(D2OConfig), flags=re.MULTILINE)
-    return {name: text.replace("%", "%%") for name, text in found}
 
 
 def _help() -> str:

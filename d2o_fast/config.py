@@ -1,29 +1,18 @@
-"""Every setting of a run, in one place: the same YAML file serves ``d2o sample``, ``d2o train`` and ``d2o eval``."""
+"""Every setting of a run, described once: ``d2o sample``, ``d2o train`` and ``d2o eval`` read the same YAML file.
+
+The metadata of a field holds its help and its rules. Checks, ``--help``, the settings that a resumed run keeps and the
+settings of a fingerprint are all read from there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
 
-from d2o_fast.errors import D2OError
-
-_POSITIVE = (
-    "max_length",
-    "max_completion_length",
-    "num_generations",
-    "sampling_batch_size",
-    "server_concurrency",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "judge_num_generations",
-    "judge_max_prompts",
-    "logging_steps",
-    "save_steps",
-    "lora_r",
-    "lora_alpha",
-)
+from d2o_fast.settings import MISFIT, is_blank, read, refusal, setting, words
 
 
 @dataclass
@@ -36,189 +25,284 @@ class D2OConfig:
 
     ``alpha``, ``beta`` and ``num_generations`` default to the paper's values; the learning rate, schedule, lengths and
     batch sizes were not stated there and are our choices.
+
+    Raises:
+        D2OError: a value of another type or outside its range, or two settings that contradict each other.
     """
 
     # Model
-    model_name_or_path: str = ""  #: local folder or hub name of a causal language model
-    dtype: Literal["float32", "bfloat16"] = "float32"  #: compute dtype; master weights are fp32 either way
-    attn_implementation: str | None = None  #: passed to transformers, e.g. "sdpa" or "flash_attention_2"
-    shared_prefix: Literal["auto"] | bool = (
-        "auto"  #: one pass per prompt for all its responses; auto: where it is exact
+    model_name_or_path: str = setting("", "local folder or hub name of a causal language model")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "compute dtype; master weights are fp32 either way", fixed=True, fingerprint=True
     )
-    use_liger_kernel: bool = False  #: liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)
-    chat_template_path: str | None = None  #: a Jinja file that replaces the tokenizer's template
+    attn_implementation: str | None = setting(None, 'passed to transformers, e.g. "sdpa" or "flash_attention_2"')
+    shared_prefix: Literal["auto"] | bool = setting(
+        "auto", "one pass per prompt for all its responses; auto: where it is exact"
+    )
+    use_liger_kernel: bool = setting(False, "liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
+    chat_template_path: str | None = setting(None, "a Jinja file that replaces the tokenizer's template")
 
     # Data
-    dataset_name: str | list[str] | None = None  #: .jsonl, .json or .parquet file, pattern, hub name, or a list of them
-    dataset_split: str = "train"  #: split of a hub data set
-    eval_dataset_name: str | list[str] | None = None  #: held-out data in the same forms
-    eval_fraction: float = 0.0  #: share of the prompts held out when there is no eval_dataset_name
-    max_length: int = 1024  #: tokens of prompt + response
-    max_completion_length: int = 256  #: tokens of a response; longer ones lose their end
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  #: which side of a long prompt stays
+    dataset_name: str | list[str] | None = setting(
+        None, ".jsonl, .json or .parquet file, pattern, hub name, or a list of them"
+    )
+    dataset_split: str = setting("train", "split of a hub data set")
+    eval_dataset_name: str | list[str] | None = setting(None, "held-out data in the same forms")
+    eval_fraction: float = setting(
+        0.0, "share of the prompts held out when there is no eval_dataset_name", min=0, below=1
+    )
+    max_length: int = setting(1024, "tokens of prompt + response", min=2, fingerprint=True)
+    max_completion_length: int = setting(
+        256, "tokens of a response; longer ones lose their end", min=1, fingerprint=True
+    )
+    truncation_mode: Literal["keep_start", "keep_end"] = setting(
+        "keep_start", "which side of a long prompt stays", fingerprint=True
+    )
 
     # Anchors and references
-    anchors_dir: str | None = None  #: where anchors and reference scores are kept; <output_dir>/anchors if not given
-    num_generations: int = 11  #: K, anchors per prompt
-    temperature: float = 1.0
-    top_p: float = 1.0
-    sampling_seed: int = 0  #: seeds the anchors and nothing else
-    sampling_batch_size: int = 16  #: prompts per shard, each of which is drawn and scored together
-    sampling_engine: Literal["generate", "continuous"] = "generate"  #: transformers' generate, or continuous batching
-    sampling_instruction: str | None = None  #: a system message or a text with {prompt}, only while anchors are drawn
-    server_url: str | None = None  #: anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1
-    server_model: str | None = None  #: name under which the server serves it; model_name_or_path if not given
-    server_concurrency: int = 16  #: prompts under way at a time
-    server_timeout: float = 600.0  #: seconds for one request
-    ref_model: str | None = None  #: folder or hub name of the reference that scores; the initial model if not given
-    ref_model_neg: str | None = None  #: the same for anchors alone: pi_r-
-    ref_model_pos: str | None = None  #: the same for negatives alone: pi_r+
+    anchors_dir: str | None = setting(
+        None, "where anchors and reference scores are kept; <output_dir>/anchors if not given"
+    )
+    num_generations: int = setting(11, "K, anchors per prompt", min=1, fingerprint=True)
+    temperature: float = setting(1.0, "of the draws; 1 is the model's own distribution", above=0, fingerprint=True)
+    top_p: float = setting(
+        1.0, "draws come from the likeliest tokens of this total probability", above=0, max=1, fingerprint=True
+    )
+    sampling_seed: int = setting(0, "seeds the anchors and nothing else", min=0, fingerprint=True)
+    sampling_batch_size: int = setting(
+        16, "prompts per shard, each of which is drawn and scored together", min=1, fingerprint=True
+    )
+    sampling_instruction: str | None = setting(
+        None, "a system message or a text with {prompt}, only while anchors are drawn", fingerprint=True
+    )
+    server_url: str | None = setting(
+        None, "anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1"
+    )
+    server_model: str | None = setting(
+        None, "name under which the server serves the model; model_name_or_path if not given", needs="server_url"
+    )
+    server_concurrency: int = setting(16, "prompts under way at a time", min=1, needs="server_url")
+    server_timeout: float = setting(600.0, "seconds for one request", above=0, needs="server_url")
+    ref_model_neg: str | None = setting(
+        None, "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given"
+    )
+    ref_model_pos: str | None = setting(None, "the same for negatives: pi_r+")
 
     # Which draws become anchors (all of them, if nothing is set here)
-    num_draws: int | None = None  #: responses drawn per prompt, of which K at most are kept; K if not given
-    drop_duplicate_anchors: bool = False  #: of equal ones the first stays
-    drop_empty_anchors: bool = False  #: those that are a stop token alone
-    drop_truncated_anchors: bool = False  #: those that ended by their length
-    max_anchor_overlap: float | None = None  #: most tokens in common with the negative, over the tokens in either
-    anchor_score: str | None = None  #: "package.module:function" or a sequence classifier; higher is better
-    min_anchor_score: float | None = None  #: anchors with a lower score are dropped
+    num_draws: int | None = setting(
+        None,
+        "responses drawn per prompt, of which K at most are kept; K if not given",
+        min=1,
+        fingerprint=True,
+        filter=True,
+    )
+    drop_anchors: list[Literal["duplicate", "empty", "truncated"]] = setting(
+        [],
+        "anchors to drop; duplicate: of equal ones the first stays, empty: a stop token alone, truncated: ended by its "
+        "length",
+        fingerprint=True,
+        filter=True,
+    )
+    max_anchor_overlap: float | None = setting(
+        None,
+        "most tokens in common with the negative, over the tokens in either",
+        min=0,
+        below=1,
+        fingerprint=True,
+        filter=True,
+    )
+    anchor_score: str | None = setting(
+        None,
+        '"package.module:function" or a sequence classifier; higher is better',
+        fingerprint=True,
+        filter=True,
+    )
+    min_anchor_score: float | None = setting(
+        None, "anchors with a lower score are dropped", needs="anchor_score", fingerprint=True, filter=True
+    )
 
     # Online
-    refresh_every: int = 0  #: anchors are drawn anew from the policy, their new reference, so often; 0: they stay
-    refresh_strategy: Literal["steps", "epoch"] = "steps"  #: what refresh_every counts
+    refresh_every: int = setting(
+        0, "the policy, then their reference, draws new anchors this often; 0: they stay", min=0, fixed=True
+    )
+    refresh_strategy: Literal["steps", "epoch"] = setting("steps", "the unit of refresh_every", fixed=True)
 
     # Loss
-    alpha: float = 0.1  #: weight of the negative
-    beta: float = 0.1  #: weight of the anchors
-    anchor_weight: float = 0.0  #: lambda of the ungated anchor term; 0 is the paper's loss
+    alpha: float = setting(0.1, "weight of the negative", min=0, fixed=True)
+    beta: float = setting(0.1, "weight of the anchors", min=0, fixed=True)
+    anchor_weight: float = setting(0.0, "lambda of the ungated anchor term; 0 is the paper's loss", min=0, fixed=True)
 
     # Training
-    output_dir: str = "runs/d2o"
-    learning_rate: float = 1e-6
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = 0.1  #: share of all steps
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    num_train_epochs: float = 1.0
-    max_steps: int = -1  #: overrides num_train_epochs when positive
-    per_device_train_batch_size: int = 4  #: prompts per micro-batch, each with its K + 1 responses
-    per_device_eval_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    tokens_per_micro_batch: int | None = None  #: most tokens at once, in place of per_device_train_batch_size prompts
-    gradient_checkpointing: bool = False
-    seed: int = 42  #: order of the prompts and dropout
+    output_dir: str = setting("runs/d2o", "folder of the trained model, checkpoints and logs")
+    learning_rate: float = setting(1e-6, "of AdamW, after the warm-up", min=0, fixed=True)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "course of the learning rate after the warm-up", fixed=True
+    )
+    warmup_steps: float = setting(
+        0.1, "steps in which the learning rate rises from 0; below 1: their share of all steps", min=0, fixed=True
+    )
+    warmup_ratio: float | None = setting(None, "older name of warmup_steps as a share", min=0, max=1, fixed=True)
+    weight_decay: float = setting(0.0, "of AdamW, on matrices alone", min=0, fixed=True)
+    adam_beta1: float = setting(0.9, "decay of AdamW's mean of gradients", min=0, below=1, fixed=True)
+    adam_beta2: float = setting(0.999, "decay of AdamW's mean of their squares", min=0, below=1, fixed=True)
+    adam_epsilon: float = setting(1e-8, "added to AdamW's denominator", min=0, fixed=True)
+    max_grad_norm: float = setting(1.0, "longer gradients are cut to this norm; 0: none is", min=0, fixed=True)
+    num_train_epochs: float = setting(1.0, "times that every prompt is taken, on average", fixed=True)
+    max_steps: int = setting(-1, "steps in place of num_train_epochs; -1: those epochs", min=-1, fixed=True)
+    per_device_train_batch_size: int = setting(
+        4, "prompts per micro-batch, each with its K + 1 responses", min=1, fixed=True
+    )
+    per_device_eval_batch_size: int = setting(4, "the same without gradients: in evaluation", min=1)
+    gradient_accumulation_steps: int = setting(1, "micro-batches per step", min=1, fixed=True)
+    tokens_per_micro_batch: int | None = setting(
+        None, "most tokens at once, in place of per_device_train_batch_size prompts", min=1
+    )
+    gradient_checkpointing: bool = setting(False, "compute activations twice and keep fewer in memory")
+    seed: int = setting(42, "order of the prompts and dropout", min=0, fixed=True)
 
     # LoRA
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_target_modules: list[str] | None = None  #: peft's default for the architecture if not given
+    use_peft: bool = setting(False, "train a LoRA adapter in place of all weights", fixed=True)
+    lora_r: int = setting(16, "rank of the adapter", min=1, needs="use_peft", fixed=True)
+    lora_alpha: int = setting(32, "scale of the adapter, over its rank", min=1, needs="use_peft", fixed=True)
+    lora_dropout: float = setting(0.0, "dropout before the adapter", min=0, below=1, needs="use_peft", fixed=True)
+    lora_target_modules: str | list[str] | None = setting(
+        None, "modules with an adapter; peft's default for the architecture if not given", needs="use_peft", fixed=True
+    )
 
     # Evaluation, logging, checkpoints
-    eval_steps: int = 0  #: 0 evaluates at the end only
-    judge: str | None = None  #: "package.module:function" with judge(prompt, response) -> label (str) or score (float)
-    judge_num_generations: int = 1  #: responses drawn per held-out prompt for the judge
-    judge_max_prompts: int = 256
-    logging_steps: int = 1
-    save_steps: int = 500
-    save_total_limit: int | None = None
-    resume_from_checkpoint: str | None = None  #: a checkpoint folder, or "latest"
-    report_to: list[str] = field(default_factory=list)  #: "tensorboard"; metrics.jsonl is always written
+    eval_steps: int = setting(0, "steps between evaluations; 0: one at the end", min=0)
+    judge: str | None = setting(
+        None, '"package.module:function" with judge(prompt, response) -> label (str) or score (float)'
+    )
+    judge_num_generations: int = setting(1, "responses drawn per held-out prompt for the judge", min=1)
+    judge_max_prompts: int = setting(256, "held-out prompts that the judge sees, at most", min=1)
+    logging_steps: int = setting(1, "steps between two lines of metrics", min=1)
+    save_steps: int = setting(500, "steps between checkpoints", min=1)
+    save_total_limit: int | None = setting(None, "checkpoints kept, the newest; all if not given", min=1)
+    resume_from_checkpoint: str | None = setting(None, 'a checkpoint folder, or "latest"')
+    report_to: str | list[str] = setting([], '"tensorboard" or "none"; metrics.jsonl is always written')
 
     @property
     def draws(self) -> int:
         """Responses drawn per prompt: ``num_draws``, or K."""
         return self.num_generations if self.num_draws is None else self.num_draws
 
+    def warmup(self, num_steps: int) -> int:
+        """Steps of the warm-up in a run of ``num_steps``."""
+        if self.warmup_ratio is None and self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil((self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio) * num_steps)
+
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "anchor_weight", "learning_rate", "weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        for name in _POSITIVE:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        _require(self.alpha + self.beta > 0, "alpha and beta", (self.alpha, self.beta), "not both 0")
-        _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
-        _require(
-            self.server_model is None or self.server_url is not None,
-            "server_url",
-            self.server_url,
-            "where the server listens, since server_model is set",
-        )
-        _require(self.refresh_every >= 0, "refresh_every", self.refresh_every, "an integer >= 0")
-        _require(
-            not self.refresh_every or self.server_url is None,
-            "refresh_every",
-            self.refresh_every,
-            "0 while server_url is set: the server has the initial weights and not those of the policy in training",
-        )
-        _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "a number > 0")
-        _require(self.sampling_instruction != "", "sampling_instruction", "", "a text, or nothing")
-        _require(
-            self.num_draws is None or self.num_draws >= self.num_generations,
-            "num_draws",
-            self.num_draws,
-            f"at least num_generations ({self.num_generations}), or nothing",
-        )
-        _require(
-            self.max_anchor_overlap is None or 0 <= self.max_anchor_overlap < 1,
-            "max_anchor_overlap",
-            self.max_anchor_overlap,
-            "a share in [0, 1), or nothing",
-        )
-        _require(
-            self.min_anchor_score is None or (self.anchor_score is not None and math.isfinite(self.min_anchor_score)),
-            "min_anchor_score",
-            self.min_anchor_score,
-            "a finite number beside anchor_score, or nothing",
-        )
-        _require(
-            self.anchor_score is None or self.min_anchor_score is not None or self.draws > self.num_generations,
-            "anchor_score",
-            self.anchor_score,
-            "beside min_anchor_score, or num_draws above num_generations: it would decide nothing",
-        )
-        for name in ("ref_model", "ref_model_neg", "ref_model_pos"):
-            _require(getattr(self, name) != "", name, "", "a folder, a hub name, or left out")
-        _require(
-            self.ref_model is None or (self.ref_model_neg is None and self.ref_model_pos is None),
-            "ref_model",
-            self.ref_model,
-            "left out where ref_model_neg or ref_model_pos is set (it stands for both)",
-        )
-        _require(
-            not self.refresh_every or (self.ref_model is None and self.ref_model_neg is None),
-            "refresh_every",
-            self.refresh_every,
-            "0 while ref_model or ref_model_neg is set: the policy that draws anchors anew is their reference",
-        )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1]")
-        _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "a share in [0, 1)")
-        _require(
-            self.max_completion_length < self.max_length,
-            "max_completion_length",
-            self.max_completion_length,
-            f"less than max_length ({self.max_length}), which also holds the prompt",
-        )
-        _require(
-            self.save_total_limit is None or self.save_total_limit >= 1,
-            "save_total_limit",
-            self.save_total_limit,
-            "an integer >= 1, or nothing",
-        )
-        _require(
-            self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
-            "tokens_per_micro_batch",
-            self.tokens_per_micro_batch,
-            "an integer >= 1, or nothing",
-        )
-        unknown = set(self.report_to) - {"tensorboard"}
-        _require(not unknown, "report_to", sorted(unknown), "'tensorboard' (metrics.jsonl is always written)")
+        for name in FIELDS:
+            setattr(self, name, checked(name, getattr(self, name)))
+        self.report_to = _loggers(self.report_to)
+        for name, needed in having("needs").items():
+            if getattr(self, name) != DEFAULTS[name] and not getattr(self, needed):
+                raise refusal(name, getattr(self, name), f"left out, or {needed} set: it would decide nothing")
+        for fits, name, wanted in self._relations():
+            if not fits:
+                raise refusal(name, getattr(self, name), wanted)
+
+    def _relations(self) -> list[tuple[bool, str, str]]:
+        """(whether it holds, the setting to name, the values that it may have) of every rule for two settings."""
+        epochs = self.max_steps == -1
+        share = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
+        one = self.warmup_ratio in (None, self.warmup_steps) or self.warmup_steps == DEFAULTS["warmup_steps"]
+        decides = self.anchor_score is None or self.min_anchor_score is not None or self.draws > self.num_generations
+        anchors_stay = not self.refresh_every
+        return [
+            (self.alpha + self.beta > 0, "alpha", "above 0 where beta is 0"),
+            (
+                self.max_completion_length < self.max_length,
+                "max_completion_length",
+                f"less than max_length ({self.max_length}), which also holds the prompt",
+            ),
+            (
+                self.draws >= self.num_generations,
+                "num_draws",
+                f"at least num_generations ({self.num_generations}), or nothing",
+            ),
+            (
+                decides,
+                "anchor_score",
+                "beside min_anchor_score, or num_draws above num_generations: it would decide nothing",
+            ),
+            (
+                anchors_stay or self.server_url is None,
+                "refresh_every",
+                "0 while server_url is set: the server has the initial weights and not those of the policy in training",
+            ),
+            (
+                anchors_stay or self.ref_model_neg is None,
+                "refresh_every",
+                "0 while ref_model_neg is set: the policy that draws new anchors is their reference",
+            ),
+            (self.max_steps != 0, "max_steps", "an integer >= 1, or -1 to count num_train_epochs"),
+            (not epochs or self.num_train_epochs > 0, "num_train_epochs", "a number > 0, unless max_steps is set"),
+            (share, "warmup_steps", "a whole number of steps, or their share in [0, 1)"),
+            (one, "warmup_ratio", f"left out where warmup_steps ({self.warmup_steps}) is set: it is its older name"),
+        ]
 
 
-def _require(condition: bool, name: str, found: object, wanted: str) -> None:
-    if not condition:
-        raise D2OError(f"{name} is {found!r}; it must be {wanted}")
+FIELDS = {found.name: found for found in dataclasses.fields(D2OConfig)}
+KINDS = get_type_hints(D2OConfig)
+DEFAULTS = {
+    name: found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+    for name, found in FIELDS.items()
+}
+#: settings of older versions, and what to write in their place
+RENAMED = {
+    "drop_duplicate_anchors": "write 'drop_anchors: [duplicate]'",
+    "drop_empty_anchors": "write 'drop_anchors: [empty]'",
+    "drop_truncated_anchors": "write 'drop_anchors: [truncated]'",
+    "ref_model": "write 'ref_model_neg' and 'ref_model_pos'",
+    "sampling_engine": "leave it out: transformers' generate draws, or the server at server_url",
+}
+
+
+def having(rule: str) -> dict[str, Any]:
+    """The settings with ``rule`` in their metadata, and its value."""
+    return {name: found.metadata[rule] for name, found in FIELDS.items() if rule in found.metadata}
+
+
+def fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``settings``, a version's of any age, that a resumed run keeps: each meaning in one form."""
+    needs = having("needs")
+    decides = {name for name in settings if name not in needs or settings.get(needs[name])}
+    found = {name: settings[name] for name in having("fixed") if name in decides}
+    if found.get("max_steps") == 0:
+        found["max_steps"] = -1
+    ratio = found.pop("warmup_ratio", None)
+    if ratio is not None:
+        found["warmup_steps"] = ratio if ratio < 1 else "all"
+    return found
+
+
+def checked(name: str, value: object) -> Any:
+    """``value`` as the setting ``name`` keeps it.
+
+    Raises:
+        D2OError: it is of another type, outside the range, not finite, or an empty text.
+    """
+    if name == "report_to" and value is None:
+        return []
+    found = read(value, KINDS[name], FIELDS[name].metadata)
+    if found is MISFIT or (is_blank(found) and found != DEFAULTS[name]):
+        raise refusal(name, value, allowed(name))
+    return found
+
+
+def allowed(name: str) -> str:
+    """The values that a setting takes, in words."""
+    return words(KINDS[name], FIELDS[name].metadata)
+
+
+def _loggers(value: str | list[str]) -> list[str]:
+    """``report_to`` as a list; "none" is an empty one, as in transformers."""
+    names = [value] if isinstance(value, str) else value
+    if names == ["none"]:
+        return []
+    if any(name != "tensorboard" for name in names):
+        raise refusal("report_to", value, "'tensorboard' or 'none' (metrics.jsonl is always written)")
+    return names

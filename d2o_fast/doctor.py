@@ -6,30 +6,21 @@ import importlib.util
 import json
 import os
 import platform
-import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from d2o_fast.errors import D2OError
 from d2o_fast.flash import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.ops import choose_engine
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the examination as a table, or with ``--json`` as one JSON object; 0 whatever it found."""
-    arguments = list(argv or [])
-    if {"-h", "--help"} & set(arguments):
-        print("usage: d2o doctor [--json]\n\nWhat this machine has, which paths will run, and why not the others.")
-        return 0
-    if arguments not in ([], ["--json"]):
-        raise D2OError(f"d2o doctor takes --json and nothing else, found {' '.join(arguments)}")
+def doctor(as_json: bool = False) -> int:
+    """Prints the examination as a table, or as one JSON object; 0 whatever it found."""
     report = examine()
-    print(json.dumps(report, indent=1) if arguments else _table(report))
+    print(json.dumps(report, indent=1) if as_json else _table(report))
     return 0
 
 
@@ -41,7 +32,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "paths": {
             "loss": _loss(),
-            "sampler": {"runs": "generate", "not": {"continuous batching": "where sampling_engine names it"}},
+            "sampler": {"runs": "generate", "not": {"a server": "where server_url names it"}},
             "attention": _attention(),
             "prompts": _prompts(),
             "liger-kernel": _liger(),
@@ -157,7 +148,3 @@ def _table(report: dict[str, Any]) -> str:
         lines.append(f"  {job:<14}{path['runs']}")
         lines += [f"  {'':<14}not {name}: {reason}" for name, reason in path["not"].items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -98,7 +98,6 @@ class Drawer:
                 eos_token_ids=self.stops,
                 pad_token_id=self.pad,
                 seed=draw_seed(config.sampling_seed, *seed),
-                engine=config.sampling_engine,
             )
 
     def _drawn_there(

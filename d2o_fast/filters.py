@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from d2o_fast.batching import Example
-from d2o_fast.config import D2OConfig
+from d2o_fast.config import DEFAULTS, D2OConfig, having
 from d2o_fast.data import Row
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.evaluate import load_judge, prompt_text
@@ -87,16 +87,16 @@ class AnchorFilter:
         config, seen, reasons = self.config, set[tuple[int, ...]](), list[str | None]()
         for ids in draws:
             reason = None
-            if config.drop_empty_anchors and len(ids) == 1 and ids[0] in self.stops:
+            if "empty" in config.drop_anchors and len(ids) == 1 and ids[0] in self.stops:
                 reason = "empty"
-            elif config.drop_truncated_anchors and ids[-1] not in self.stops:
+            elif "truncated" in config.drop_anchors and ids[-1] not in self.stops:
                 reason = "truncated"
             elif (
                 config.max_anchor_overlap is not None
                 and token_overlap(ids, example.rejected_ids, self.stops) > config.max_anchor_overlap
             ):
                 reason = "overlap"
-            elif config.drop_duplicate_anchors and tuple(ids) in seen:
+            elif "duplicate" in config.drop_anchors and tuple(ids) in seen:
                 reason = "duplicate"
             seen.add(tuple(ids))
             reasons.append(reason)
@@ -240,12 +240,9 @@ def load_scorer(name: str, device: torch.device) -> Scorer:
 
 def settings_text(config: D2OConfig) -> str:
     """The filters that are on, by their settings; empty if none is."""
-    names = (
-        *("num_draws", "drop_duplicate_anchors", "drop_empty_anchors", "drop_truncated_anchors"),
-        *("max_anchor_overlap", "anchor_score", "min_anchor_score"),
-    )
-    settings = {name: getattr(config, name) for name in names}
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
+    found = {name: getattr(config, name) for name in having("filter")}
+    texts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in found.items()}
+    return "; ".join(f"{name} {text}" for name, text in texts.items() if found[name] != DEFAULTS[name])
 
 
 def counts_text(dropped: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.config import D2OConfig
+from d2o_fast.config import D2OConfig, having
 from d2o_fast.data import Row, stop_token_ids
 from d2o_fast.filters import FunctionScorer, load_scorer
 from d2o_fast.identity import config_digest, digest, tokenizer_digest, weights_digest
@@ -26,23 +26,8 @@ from d2o_fast.references import References
 from d2o_fast.rows import rows_digest
 from d2o_fast.shards import FORMAT
 
-_SETTINGS = (
-    "max_length",
-    "max_completion_length",
-    "truncation_mode",
-    "dtype",
-    "num_generations",
-    "temperature",
-    "top_p",
-    "sampling_seed",
-    "sampling_batch_size",
-    "sampling_instruction",
-    "drop_duplicate_anchors",
-    "drop_empty_anchors",
-    "drop_truncated_anchors",
-    "max_anchor_overlap",
-    "min_anchor_score",
-)
+#: kinds of `drop_anchors`, each a field of its own as in stores of older versions
+_DROPPED = ("duplicate", "empty", "truncated")
 
 
 def expected_fingerprint(
@@ -62,6 +47,8 @@ def expected_fingerprint(
         D2OError: a reference that cannot be loaded.
     """
     references = references or References(model, tokenizer, config)
+    settings = {name: getattr(config, name) for name in having("fingerprint")}
+    dropped = settings.pop("drop_anchors")
     chat = any(not isinstance(row.prompt, str) for row in rows)
     return {
         "format": FORMAT,
@@ -71,8 +58,9 @@ def expected_fingerprint(
         "chat_template": digest(tokenizer.chat_template) if chat else None,
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),
         # a server's draws may come back as text
-        "sampler": config.sampling_engine if config.server_url is None else "server",
-        **{name: getattr(config, name) for name in _SETTINGS},
+        "sampler": "generate" if config.server_url is None else "server",
+        **settings,
+        **{f"drop_{kind}_anchors": kind in dropped for kind in _DROPPED},
         "num_draws": None if config.draws == config.num_generations else config.draws,
         "anchor_score": None if config.anchor_score is None else _scorer(config.anchor_score),
     }

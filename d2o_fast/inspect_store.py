@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,28 @@ from d2o_fast.rows import Digests
 from d2o_fast.shards import read_manifest
 from d2o_fast.tokens import shortened
 
-USAGE = """usage: d2o anchors inspect FOLDER              what a store holds: counts, lengths, duplicates, samples
-       d2o anchors export FOLDER OUT.jsonl     one line for each anchor: TRL's prompt, chosen, rejected
-
-FOLDER is a store (<output_dir>/anchors/train), or, to inspect, the folder above it."""
-
 _COLUMNS = (
     *("row", "source", "source_row", "sampled", "prompt", "rejected", "anchors", "prompt_tokens", "anchors_ids"),
     *("rejected_ids", "anchors_ref_logps", "rejected_ref_logp", "dropped"),
 )
 
 
-def main(arguments: Sequence[str]) -> int:
+def anchors(action: str, folder: Path, out: Path | None = None) -> int:
     """The command ``d2o anchors``; 0 if it succeeded.
 
+    Args:
+        action: "inspect", or "export", which needs ``out``.
+
     Raises:
-        D2OError: not one of the forms in ``USAGE``, no store, a damaged one; an incomplete one, or a file that is there
-            already, in an export.
+        D2OError: no store, a damaged one; an incomplete one, no ``out`` or a file that is there already, in an export.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return 0
-    if arguments[:1] == ["inspect"] and len(arguments) == 2:
-        print("\n\n".join(inspect(folder) for folder in _stores(Path(arguments[1]))))
-        return 0
-    if arguments[:1] == ["export"] and len(arguments) == 3:
-        count = export(Path(arguments[1]), Path(arguments[2]))
-        print(f"{count} lines with prompt, chosen (an anchor) and rejected in {arguments[2]}")
-        return 0
-    raise D2OError(f"d2o anchors {' '.join(arguments)}: not understood\n{USAGE}")
+    if (action == "export") != (out is not None):
+        raise D2OError("usage: d2o anchors inspect FOLDER, or d2o anchors export FOLDER OUT.jsonl")
+    if out is None:
+        print("\n\n".join(inspect(store) for store in _stores(folder)))
+    else:
+        print(f"{export(folder, out)} lines with prompt, chosen (an anchor) and rejected in {out}")
+    return 0
 
 
 def _stores(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The models that divide in D2O's log-ratios: pi_r- scores the anchors, pi_r+ the negatives.
 
-Either is the initial model unless ``ref_model_neg``, ``ref_model_pos`` or ``ref_model`` (both of them) names another. A
-named one only scores: the anchors are drawn from the initial model all the same.
+Either is the initial model unless ``ref_model_neg`` or ``ref_model_pos`` names another. A named one only scores: the
+anchors are drawn from the initial model all the same.
 
 K anchors of one prompt.
 """
@@ -177,7 +177,7 @@ class References:
 
 def _setting(config: D2OConfig, side: str) -> tuple[str, str | None]:
     """(the setting that decides, the name in it)"""
-    setting = f"ref_model_{side}" if getattr(config, f"ref_model_{side}") is not None else "ref_model"
+    setting = f"ref_model_{side}"
     return setting, getattr(config, setting)
 
 

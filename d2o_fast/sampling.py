@@ -13,16 +13,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from d2o_fast.errors import D2OError
-
-Engine = Literal["generate", "continuous"]
 
 
 def sample_responses(
@@ -36,7 +34,6 @@ def sample_responses(
     eos_token_ids: Sequence[int],
     pad_token_id: int,
     seed: int,
-    engine: Engine = "generate",
 ) -> list[list[list[int]]]:
     """K = ``num`` responses for every prompt, as token ids without the prompt.
 
@@ -48,16 +45,11 @@ def sample_responses(
         prompts: token ids; no padding, any lengths, none empty.
         seed: decides the result, on one device, together with the other arguments; the global generators are left as
             they were.
-        engine: "generate" draws all responses in one padded batch; "continuous" uses transformers' continuous batching,
-            whose draws differ from those of "generate" but follow the same distribution. It runs in the model's own
-            dtype: an autocast context of the caller does not reach its thread.
 
     Raises:
-        D2OError: the engine returned fewer responses than asked for, or a response that stopped for another reason.
-        ValueError: an empty prompt, a number below 1, an unknown engine.
+        D2OError: fewer responses than asked for, or a response that stopped for another reason.
+        ValueError: an empty prompt, a number below 1.
     """
-    if engine not in ("generate", "continuous"):
-        raise ValueError(f"engine is {engine!r}; it must be 'generate' or 'continuous'")
     if num < 1 or max_new_tokens < 1:
         raise ValueError(f"num ({num}) and max_new_tokens ({max_new_tokens}) must be at least 1")
     if any(len(prompt) == 0 for prompt in prompts):
@@ -83,9 +75,8 @@ def sample_responses(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    draw = _generate if engine == "generate" else _generate_continuous
     with evaluating(model), _no_generation_config(model), _seeded(seed, model.device), torch.no_grad():
-        responses = draw(model, [list(prompt) for prompt in prompts], num, settings, seed)
+        responses = _generate(model, [list(prompt) for prompt in prompts], num, settings)
     for prompt_responses in responses:
         for i, response in enumerate(prompt_responses):
             prompt_responses[i] = _until_eos(response, set(eos_token_ids), max_new_tokens)
@@ -125,9 +116,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _generate(
-    model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig, seed: int
-) -> list[list[list[int]]]:
+def _generate(model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig) -> list[list[list[int]]]:
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -174,48 +163,6 @@ def _prompts_read_once(
     if not isinstance(cache, DynamicCache) or any(type(layer) not in known for layer in cache.layers):
         return None
     return cache
-
-
-def _generate_continuous(
-    model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig, seed: int
-) -> list[list[list[int]]]:
-    # model.generate_batch would do, but for three things: it sizes its cache by the memory that is free and adds
-    # requests while it runs already, so that batches, and with them the draws, differ from run to run; and it returns
-    # what it has when its thread dies. Hence a cache that holds every request, all of them queued before the start.
-    page = (
-        256 if model.device.type == "cuda" else 32
-    )  # FlashAttention reads pages of 256 tokens; masks are smaller here
-    page_size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before 5.18
-    longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
-    pages = len(prompts) * num * (-(-longest // page) + 1)
-    options: dict[str, Any] = {page_size: page, "num_blocks": pages, "max_batch_tokens": max(1024, longest)}
-    sizes = ContinuousBatchingConfig(seed=seed, **options)
-    manager = model.init_continuous_batching(settings, sizes)
-    responses: dict[str, list[int]] = {}
-    try:
-        requests = manager.add_requests(inputs=prompts, max_new_tokens=settings.max_new_tokens)
-        manager.start()
-        while len(responses) < len(prompts) * num:
-            result = manager.get_result(timeout=1.0)
-            if result is None:
-                if not manager.is_running():
-                    break
-            elif result.error is not None:
-                raise D2OError(f"continuous batching failed on a response: {result.error}")
-            elif result.is_finished():
-                responses[result.request_id] = list(result.generated_tokens)
-    finally:
-        manager.stop(block=True)
-        manager.destroy()
-    # They arrive in any order: a prompt's first response under the request's name, the others as its children.
-    names = [[request, *(f"{request}__child#{i}" for i in range(num - 1))] for request in requests]
-    missing = [name for siblings in names for name in siblings if name not in responses]
-    if missing:
-        raise D2OError(
-            f"continuous batching stopped with {len(missing)} of {len(prompts)} x {num} responses missing; the first "
-            f"is {missing[0]}"
-        )
-    return [[responses[name] for name in siblings] for siblings in names]
 
 
 def _until_eos(response: list[int], eos_token_ids: set[int], max_new_tokens: int) -> list[int]:

@@ -90,9 +90,8 @@ def evaluate_model(
     return {f"eval_{name}": value for name, value in metrics.items()}, samples
 
 
-def schedule(step: int, num_steps: int, kind: str, warmup_ratio: float) -> float:
-    """Factor on the learning rate at ``step`` (from 0), as transformers' schedulers of the same names have it."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+def schedule(step: int, num_steps: int, kind: str, warmup: int) -> float:
+    """Factor on the learning rate at ``step`` (from 0) with ``warmup`` steps, as transformers' schedulers have it."""
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)

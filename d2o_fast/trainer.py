@@ -42,6 +42,7 @@ from d2o_fast.prepare import (
 from d2o_fast.references import describe_references, reference_names
 from d2o_fast.refresh import Refresher, Window
 from d2o_fast.rows import taken
+from d2o_fast.settings import refusal
 from d2o_fast.sharing import Sharing, choose_sharing
 from d2o_fast.step import adamw, batch_loss, evaluate_model, schedule
 
@@ -84,6 +85,7 @@ class D2OTrainer:
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
         refuse_many_processes()
+        _refuse_without_held_out(args, eval_dataset)
         name = model if isinstance(model, str) else base_of(model).config._name_or_path
         self.args = dataclasses.replace(args, model_name_or_path=name or args.model_name_or_path)
         self.tokenizer = processing_class or load_tokenizer(self.args)
@@ -178,9 +180,8 @@ class D2OTrainer:
         """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
         args, state = self.args, self.state
         examples = [self._example(i) for i in self.order.prompts_of(state.global_step)]
-        lr = args.learning_rate * schedule(
-            state.global_step, self.order.num_steps, args.lr_scheduler_type, args.warmup_ratio
-        )
+        steps = self.order.num_steps
+        lr = args.learning_rate * schedule(state.global_step, steps, args.lr_scheduler_type, args.warmup(steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -383,6 +384,13 @@ class D2OTrainer:
         extra = ckpt.load_tensors(path, self.optimizer)
         self.means.sums.copy_(extra["sums"])
         self.means.num_prompts = extra["num_prompts"]
+
+
+def _refuse_without_held_out(args: D2OConfig, eval_dataset: Any) -> None:
+    for name, off in (("eval_steps", 0), ("judge", None)):
+        if eval_dataset is None and getattr(args, name) != off:
+            ways = "set eval_dataset_name or eval_fraction, or give eval_dataset"
+            raise refusal(name, getattr(args, name), f"left out where there are no held-out data: {ways}")
 
 
 def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:

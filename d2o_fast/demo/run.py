@@ -6,7 +6,6 @@ GA, NPO, DPO and SFT (``examples/baselines.py``) start from the same model and t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -14,7 +13,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from d2o_fast.config import D2OConfig
+from d2o_fast.config import D2OConfig, checked
 from d2o_fast.data import Row, read_rows
 from d2o_fast.demo import baselines, world
 from d2o_fast.demo.model import build_tokenizer, feedback_pairs, pretrain
@@ -32,6 +31,8 @@ from d2o_fast.demo.report import DemoResults, MethodResult, Shares, html_report,
 from d2o_fast.errors import D2OError
 from d2o_fast.evaluate import judge_model
 from d2o_fast.metrics import read_log
+
+Command = Callable[[list[str]], int]  #: the arguments of ``d2o``, its exit status
 
 MARKER = ".d2o-demo"
 #: everything the demo writes into its folder, and all that it removes there before it starts again
@@ -62,29 +63,26 @@ FULL = Budget()
 QUICK = Budget(train_prompts=60, test_prompts=20, pretrain_steps=60, epochs=1, generations=2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="d2o demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=1, help="decides everything that is random; default: 1")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds, to see that it runs; the model learns little"
-    )
-    args = parser.parse_args(argv)
+def demo(output_dir: Path, seed: int, quick: bool, run: Command) -> int:
+    """The command ``d2o demo``; 0 if it succeeded.
+
+    Args:
+        run: runs a command of ``d2o`` as typed and returns its exit status.
+    """
+    checked("seed", seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model's threads would only wait for each other
     transformers_logging.disable_progress_bar()
     try:
-        results = run_demo(args.output_dir, args.seed, QUICK if args.quick else FULL)
+        results = run_demo(output_dir, seed, QUICK if quick else FULL, run)
     finally:
         torch.set_num_threads(threads)
     print(f"\nShare of {results.counts['responses']} responses to held-out prompts:\n\n{text_table(results)}\n")
-    print(f"{results.stages[-1][1]:.0f} s in all. Report: {args.output_dir / 'report.html'}")
+    print(f"{results.stages[-1][1]:.0f} s in all. Report: {output_dir / 'report.html'}")
     return 0
 
 
-def run_demo(folder: Path, seed: int, budget: Budget) -> DemoResults:
+def run_demo(folder: Path, seed: int, budget: Budget, run: Command) -> DemoResults:
     """Runs every stage, writes ``results.json`` and ``report.html`` into ``folder`` and returns what they show."""
     started = time.time()
     prepare_folder(folder)
@@ -109,7 +107,8 @@ def run_demo(folder: Path, seed: int, budget: Budget) -> DemoResults:
     commands[2].append(generations)
     for number, command in enumerate(commands, start=2):
         with _stage(f"{number}/5 $ d2o {' '.join(command)}", stages, f"d2o {command[0]}"):
-            _d2o(command)
+            if (status := run(command)) != 0:
+                raise D2OError(f"d2o {' '.join(command)} ended with status {status}; what it printed says why")
     before, after, samples = _read_eval(folder / "d2o")
     log = read_log(folder / "d2o" / "metrics.jsonl")
     curve = d2o_curve(log)
@@ -231,7 +230,7 @@ def train_baseline(
         learning_rate=config.learning_rate,
         num_steps=config.max_steps,
         batch_size=config.per_device_train_batch_size,
-        warmup_ratio=config.warmup_ratio,
+        warmup_ratio=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         callback=look,
@@ -287,13 +286,6 @@ def versions() -> dict[str, str]:
     """The software that a result depends on."""
     names = ("d2o-fast", "torch", "transformers", "tokenizers")
     return {"Python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _d2o(command: list[str]) -> None:
-    from d2o_fast.cli import main as d2o
-
-    if (status := d2o(command)) != 0:
-        raise D2OError(f"d2o {' '.join(command)} ended with status {status}; what it printed says why")
 
 
 @contextmanager

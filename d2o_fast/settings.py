@@ -1,0 +1,99 @@
+"""A setting as a dataclass field with its help and rules, and the check of a value against its type and rules."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from d2o_fast.errors import D2OError
+
+MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
+_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_SIGNS = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field with metadata.
+
+    Args:
+        rules: ``min``, ``above``, ``max``, ``below`` bound a number, which is always finite. ``needs`` names another
+            setting; while that one is not set, this one decides nothing. ``fixed``: a resumed run keeps it.
+            ``fingerprint``: stored anchors depend on it. ``filter``: it decides which draws become anchors.
+    """
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **rules})
+    return field(default=default, metadata={"help": help, **rules})
+
+
+def read(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
+    """``value`` as a setting of the type ``kind`` keeps it, or ``MISFIT``.
+
+    A list for a tuple, a plain number for numpy's, a text for a path; an integer stays one where a float may be.
+    """
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if _is_union(kind):
+        found = (read(value, part, rules) for part in get_args(kind))
+        return next((part for part in found if part is not MISFIT), MISFIT)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if isinstance(value, str) and choice == value), MISFIT)
+    if get_origin(kind) is list:
+        if not isinstance(value, list | tuple):
+            return MISFIT
+        (item_kind,) = get_args(kind)
+        items = [read(item, item_kind, rules) for item in value]
+        return MISFIT if any(item is MISFIT or is_blank(item) for item in items) else items
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind in (int, float):
+        return value if type(value) in (int, kind) and _in_range(value, rules) else MISFIT
+    return value if type(value) is kind else MISFIT
+
+
+def words(kind: Any, rules: Mapping[str, Any]) -> str:
+    """The values that ``read`` takes, in words."""
+    if _is_union(kind):
+        parts = [words(part, rules) for part in get_args(kind) if part is not NoneType]
+        return _either(parts) + (", or nothing" if NoneType in get_args(kind) else "")
+    if get_origin(kind) is Literal:
+        return _either([repr(choice) for choice in get_args(kind)])
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return "a list of texts" if item is str else f"a list of {words(item, rules)}"
+    bounds = " and ".join(f"{sign} {rules[rule]}" for rule, sign in _SIGNS.items() if rule in rules)
+    if kind is float and not bounds:
+        return "a finite number"
+    return f"{_WORDS[kind]} {bounds}" if bounds and kind in (int, float) else _WORDS[kind]
+
+
+def is_blank(value: object) -> bool:
+    """An empty text or list, or a text of spaces."""
+    return value == [] or (isinstance(value, str) and not value.strip())
+
+
+def refusal(name: str, found: object, wanted: str) -> D2OError:
+    """The error of a setting, in one line."""
+    text = " ".join(repr(found).split())
+    return D2OError(f"{name} is {text if len(text) <= 200 else text[:200] + '...'}; it must be {wanted}")
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _in_range(value: float, rules: Mapping[str, Any]) -> bool:
+    if not (-(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)):
+        return False
+    return (
+        rules.get("min", value) <= value <= rules.get("max", value)
+        and ("above" not in rules or value > rules["above"])
+        and ("below" not in rules or value < rules["below"])
+    )
+
+
+def _either(parts: Sequence[str]) -> str:
+    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
