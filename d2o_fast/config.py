@@ -196,7 +196,6 @@ class D2OConfig:
     def __post_init__(self) -> None:
         for name in FIELDS:
             setattr(self, name, checked(name, getattr(self, name)))
-        self.report_to = _loggers(self.report_to)
         for name, needed in having("needs").items():
             if getattr(self, name) != DEFAULTS[name] and not getattr(self, needed):
                 raise refusal(name, getattr(self, name), f"left out, or {needed} set: it would decide nothing")
@@ -290,7 +289,7 @@ def checked(name: str, value: object) -> Any:
     found = read(value, KINDS[name], FIELDS[name].metadata)
     if found is MISFIT or (is_blank(found) and found != DEFAULTS[name]):
         raise refusal(name, value, allowed(name))
-    return found
+    return _loggers(found) if name == "report_to" else found
 
 
 def allowed(name: str) -> str:

@@ -89,10 +89,9 @@ def test_scores_are_the_models_own_log_probabilities(tmp_path):
     assert examples[-1].anchor_ids == given[-1].anchor_ids, "given anchors are scored, not sampled"
 
 
-@pytest.mark.parametrize("engine", ["generate", "continuous"])
-def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path, engine):
+def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path):
     """The second shard's anchors are what the sampler gives for its rows with that shard's own seed."""
-    examples = build(tmp_path / "s", config=replace(CONFIG, sampling_engine=engine)).examples()
+    examples = build(tmp_path / "s").examples()
     drawn = sample_responses(
         tiny_model(),
         [example.prompt_ids for example in examples[4:8]],
@@ -101,7 +100,6 @@ def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path, engine):
         eos_token_ids=[2],
         pad_token_id=0,
         seed=drawing_module.draw_seed(5, 1),
-        engine=engine,
     )
     assert [example.anchor_ids for example in examples[4:8]] == drawn
     assert len({drawing_module.draw_seed(seed, shard) for seed in range(9) for shard in range(9)}) == 81

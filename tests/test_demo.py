@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import online, toy
+from d2o_fast.cli import main
 from d2o_fast.data import read_rows
 from d2o_fast.demo import baselines, run, world
 from d2o_fast.demo.model import build_tokenizer, encode, feedback_pairs
@@ -204,7 +205,7 @@ def test_a_file_in_the_way_is_an_error(tmp_path) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    assert run.main(["--output_dir", str(folder), "--seed", "3", "--quick"]) == 0
+    assert main(["demo", "--output_dir", str(folder), "--seed", "3", "--quick"]) == 0
     return folder
 
 
@@ -250,7 +251,7 @@ def test_the_report_is_whole_and_loads_nothing(demo) -> None:
 
 def test_the_demo_can_be_run_again(demo, capsys) -> None:
     first = json.loads((demo / "results.json").read_text())
-    assert run.main(["--output_dir", str(demo), "--seed", "3", "--quick"]) == 0
+    assert main(["demo", "--output_dir", str(demo), "--seed", "3", "--quick"]) == 0
     again = json.loads((demo / "results.json").read_text())
     assert again["before"] == first["before"]
     assert [m["curve"] for m in again["methods"]] == [m["curve"] for m in first["methods"]]

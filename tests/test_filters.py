@@ -28,7 +28,7 @@ from d2o_fast.shards import SCHEMA, check_shard, read_manifest, read_shard, writ
 from test_anchors import CHAT_ROW, CONFIG, build, naive_logp
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
-ALL = {"drop_duplicate_anchors": True, "drop_empty_anchors": True, "drop_truncated_anchors": True}
+ALL = {"drop_anchors": ["duplicate", "empty", "truncated"]}
 SCORES = """
 def length(prompt, response):
     return len(response)
@@ -86,9 +86,9 @@ def test_without_filters_everything_stays() -> None:
 
 def test_each_filter_drops_its_own() -> None:
     draws = [A, [2], B, A, [7] * 12, [2]]
-    assert filtered(draws, drop_duplicate_anchors=True) == Filtered([A, [2], B], ["duplicate", "surplus", "duplicate"])
-    assert filtered(draws, drop_empty_anchors=True) == Filtered([A, B, A], ["empty", "surplus", "empty"])
-    assert filtered(draws, drop_truncated_anchors=True) == Filtered([A, [2], B], ["surplus", "truncated", "surplus"])
+    assert filtered(draws, drop_anchors=["duplicate"]) == Filtered([A, [2], B], ["duplicate", "surplus", "duplicate"])
+    assert filtered(draws, drop_anchors=["empty"]) == Filtered([A, B, A], ["empty", "surplus", "empty"])
+    assert filtered(draws, drop_anchors=["truncated"]) == Filtered([A, [2], B], ["surplus", "truncated", "surplus"])
     assert filtered(draws, **ALL) == Filtered([A, B], ["empty", "duplicate", "truncated", "empty"])
     assert filtered([[2], [2]], **ALL) == Filtered([], ["empty", "empty"])
 
@@ -224,7 +224,7 @@ def test_classifiers_that_cannot_score(tmp_path: Path) -> None:
 
 # --- In the store ------------------------------------------------------------------------------------------------
 
-FILTERED = replace(CONFIG, num_draws=5, drop_duplicate_anchors=True, drop_truncated_anchors=True)
+FILTERED = replace(CONFIG, num_draws=5, drop_anchors=["duplicate", "truncated"])
 LOSING = replace(CONFIG, anchor_score="anchor_scores:not_bake", min_anchor_score=0.0)
 
 

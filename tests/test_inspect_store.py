@@ -11,9 +11,10 @@ import datasets
 import pytest
 
 from d2o_fast import shards
+from d2o_fast.cli import main
 from d2o_fast.errors import D2OError
 from d2o_fast.filters import token_overlap
-from d2o_fast.inspect_store import export, inspect, main
+from d2o_fast.inspect_store import export, inspect
 from test_anchors import CHAT_ROW, build
 from tiny import tiny_rows
 
@@ -119,18 +120,22 @@ def test_chats_are_exported_as_chats(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train", "eval"):
         build(tmp_path / "anchors" / name, tiny_rows(4))
-    assert main(["inspect", str(tmp_path / "anchors" / "eval")]) == 0
+    assert main(["anchors", "inspect", str(tmp_path / "anchors" / "eval")]) == 0
     one = capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "anchors")]) == 0
+    assert main(["anchors", "inspect", str(tmp_path / "anchors")]) == 0
     assert capsys.readouterr().out == f"{one}\n{one.replace('/eval:', '/train:')}"
-    assert main(["export", str(tmp_path / "anchors" / "eval"), str(tmp_path / "o.jsonl")]) == 0
+    assert main(["anchors", "export", str(tmp_path / "anchors" / "eval"), str(tmp_path / "o.jsonl")]) == 0
     assert capsys.readouterr().out.startswith("12 lines with prompt, chosen (an anchor) and rejected in ")
-    assert main(["--help"]) == 0
-    assert "usage: d2o anchors inspect FOLDER" in capsys.readouterr().out
-    for arguments in ([], ["inspect"], ["export", "a"], ["look", "a"]):
-        with pytest.raises(D2OError, match=r"not understood\nusage: d2o anchors inspect FOLDER"):
-            main(arguments)
-    with pytest.raises(D2OError, match="no such folder"):
-        main(["inspect", str(tmp_path / "none")])
-    with pytest.raises(D2OError, match=r"no manifest\.json"):
-        main(["export", str(tmp_path / "anchors"), str(tmp_path / "p.jsonl")])
+    assert main(["anchors", "--help"]) == 0
+    assert "usage: d2o anchors {inspect,export} folder [out]" in capsys.readouterr().out
+    for arguments, message in (
+        ([], "arguments are required: action, folder"),
+        (["inspect"], "arguments are required: folder"),
+        (["export", "a"], "usage: d2o anchors inspect FOLDER, or d2o anchors export FOLDER OUT.jsonl"),
+        (["inspect", "a", "b"], "usage: d2o anchors inspect FOLDER"),
+        (["look", "a"], "invalid choice: 'look'"),
+        (["inspect", str(tmp_path / "none")], "no such folder"),
+        (["export", str(tmp_path / "anchors"), str(tmp_path / "p.jsonl")], "no manifest.json"),
+    ):
+        assert main(["anchors", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -98,7 +98,7 @@ def config(folder: Path, **settings: Any) -> D2OConfig:
         ({"ref_model_neg": "neg", "ref_model_pos": "pos"}, "neg", "pos"),
         ({"ref_model_neg": "neg"}, "neg", "initial"),
         ({"ref_model_pos": "adapter"}, "initial", "adapter"),
-        ({"ref_model": "pos"}, "pos", "pos"),
+        ({"ref_model_neg": "pos", "ref_model_pos": "pos"}, "pos", "pos"),
         ({"ref_model_neg": "initial", "ref_model_pos": "neg"}, "initial", "neg"),
     ],
     ids=str,
@@ -136,8 +136,11 @@ def test_each_response_is_scored_once_by_its_own_model(
     anchors = [4 * 3, 3 + 1]  # of the two shards: the last row brings one of its own
     for settings, expected in (
         ({}, [(initial, 4 + anchors[0]), (initial, 2 + anchors[1])]),
-        ({"ref_model": "neg"}, [(neg, 4 + anchors[0]), (neg, 2 + anchors[1])]),
-        ({"ref_model": "initial"}, [(initial, 4 + anchors[0]), (initial, 2 + anchors[1])]),
+        ({"ref_model_neg": "neg", "ref_model_pos": "neg"}, [(neg, 4 + anchors[0]), (neg, 2 + anchors[1])]),
+        (
+            {"ref_model_neg": "initial", "ref_model_pos": "initial"},
+            [(initial, 4 + anchors[0]), (initial, 2 + anchors[1])],
+        ),
         (
             {"ref_model_neg": "neg", "ref_model_pos": "pos"},
             [(pos, 4), (neg, anchors[0]), (pos, 2), (neg, anchors[1])],
@@ -292,7 +295,7 @@ CHANGES: dict[str, Callable[[State, Path], State]] = {
     "sampler": with_config(server_url="http://localhost:1/v1"),
     "max_length": with_config(max_length=65),
     "max_completion_length": with_config(max_completion_length=13),
-    "truncation_mode": with_config(truncation_mode="keep_start"),
+    "truncation_mode": with_config(truncation_mode="keep_end"),
     "dtype": with_config(dtype="bfloat16"),
     "num_generations": with_config(num_generations=4),
     "temperature": with_config(temperature=0.9),
@@ -300,9 +303,9 @@ CHANGES: dict[str, Callable[[State, Path], State]] = {
     "sampling_seed": with_config(sampling_seed=6),
     "sampling_batch_size": with_config(sampling_batch_size=5),
     "sampling_instruction": with_config(sampling_instruction="Kindly: {prompt}"),
-    "drop_duplicate_anchors": with_config(drop_duplicate_anchors=True),
-    "drop_empty_anchors": with_config(drop_empty_anchors=True),
-    "drop_truncated_anchors": with_config(drop_truncated_anchors=True),
+    "drop_duplicate_anchors": with_config(drop_anchors=["duplicate"]),
+    "drop_empty_anchors": with_config(drop_anchors=["empty"]),
+    "drop_truncated_anchors": with_config(drop_anchors=["truncated"]),
     "max_anchor_overlap": with_config(max_anchor_overlap=0.5),
     "num_draws": with_config(num_draws=5),
     "anchor_score": with_config(anchor_score="test_references:even_score"),
@@ -405,10 +408,10 @@ def test_a_reference_overwritten_in_its_place_is_noticed(models: Path, tmp_path:
 def test_a_reference_that_changes_while_at_work_is_an_error(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(CONFIG, ref_model=str(models / "neg"))
+    settings = replace(CONFIG, ref_model_neg=str(models / "neg"))
     References(tiny_model(), tiny_tokenizer(), settings).fingerprint()
     monkeypatch.setattr(references_module, "load_model", lambda *args: tiny_model(seed=7))  # as a hub's name may do
-    with pytest.raises(D2OError, match=r"ref_model '.*/neg' has changed since this process read it first"):
+    with pytest.raises(D2OError, match=r"ref_model_neg '.*/neg' has changed since this process read it first"):
         build(tmp_path / "s", config=settings)
 
 
@@ -522,9 +525,8 @@ def test_fresh_anchors_have_the_policy_and_negatives_the_model_named(models: Pat
     text = f"the policy after step 2, for anchors; {models}/pos (weights "
     assert text in inspect(tmp_path / "refreshed" / "step-2")
     assert "; anchors drawn anew: the policy that drew them |" in (tmp_path / "README.md").read_text()
-    for setting in ("ref_model", "ref_model_neg"):
-        with pytest.raises(D2OError, match="refresh_every is 2; it must be 0 while ref_model or ref_model_neg is set"):
-            D2OConfig(**{setting: "a"}, refresh_every=2)
+    with pytest.raises(D2OError, match="refresh_every is 2; it must be 0 while ref_model_neg is set"):
+        D2OConfig(ref_model_neg="a", refresh_every=2)
 
 
 # --- In memory when there is something to score ----------------------------------------------------------------------
@@ -569,14 +571,6 @@ def test_references_are_loaded_once_and_gone_before_training(
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", ["ref_model_neg", "ref_model_pos"])
-def test_one_reference_or_two_names(other: str) -> None:
-    with pytest.raises(D2OError, match="ref_model is 'a'; it must be left out where ref_model_neg or ref_model_pos"):
-        D2OConfig(**{"ref_model": "a", other: "b"})
-    with pytest.raises(D2OError, match=f"{other} is ''; it must be a folder"):
-        D2OConfig(**{other: ""})
-
-
 def save_small(folder: Path) -> None:
     tiny_model(vocab_size=100).save_pretrained(folder)
 
@@ -618,7 +612,7 @@ def save_prompts(folder: Path) -> None:
     ],
     ids=["missing", "empty", "vocabulary", "tokenizer", "adapter without base", "adapter on adapter", "prompt tuning"],
 )
-@pytest.mark.parametrize("setting", ["ref_model_neg", "ref_model"])
+@pytest.mark.parametrize("setting", ["ref_model_neg", "ref_model_pos"])
 def test_a_reference_that_cannot_be_one(
     tmp_path: Path, setting: str, save: Callable[[Path], Any], message: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Every engine draws from softmax(logits) and from nothing else, whatever the model's generation_config says."""
+"""The sampler draws from softmax(logits) and from nothing else, whatever the model's generation_config says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from d2o_fast.errors import D2OError
 from d2o_fast.sampling import sample_responses
 from tiny import VOCAB_SIZE, tiny_model
 
-ENGINES = ("generate", "continuous")
 EOS, PAD = 2, 0
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -70,25 +69,23 @@ def excess(model, prompt, responses, temperature=1.0) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_frequencies_are_the_softmax(engine):
+def test_frequencies_are_the_softmax():
     model = peaked_model()
     model.generation_config = hostile()
-    responses = draw(model, num=1500, max_new_tokens=2, engine=engine)
+    responses = draw(model, num=1500, max_new_tokens=2)
     for prompt, of_prompt in zip(PROMPTS, responses, strict=True):
         first, second = excess(model, prompt, of_prompt)
         assert abs(first) < 4, f"first tokens of {prompt}: {first}"
         assert abs(second) < 4, f"second tokens of {prompt}: {second}"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_temperature_and_top_p(engine):
+def test_temperature_and_top_p():
     model = peaked_model()
     prompt = PROMPTS[0]
-    (responses,) = draw(model, [prompt], num=1500, max_new_tokens=2, temperature=1.5, engine=engine)
+    (responses,) = draw(model, [prompt], num=1500, max_new_tokens=2, temperature=1.5)
     assert max(map(abs, excess(model, prompt, responses, 1.5))) < 4
     assert abs(excess(model, prompt, responses, 1.0)[0]) > 4, "the statistic must see a wrong temperature"
-    (responses,) = draw(model, [prompt], num=300, max_new_tokens=1, top_p=0.8, engine=engine)
+    (responses,) = draw(model, [prompt], num=300, max_new_tokens=1, top_p=0.8)
     order = next_token(model, prompt).sort(descending=True)
     nucleus = set(order.indices[: int((order.values.cumsum(0) < 0.8).sum()) + 1].tolist())
     assert {response[0] for response in responses} <= nucleus
@@ -108,21 +105,19 @@ def test_the_statistic_sees_what_generate_does_by_itself():
     assert chi_square_excess(first, next_token(model, PROMPTS[0])) > 100
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_seed_decides_and_the_global_generator_does_not_move(engine):
+def test_the_seed_decides_and_the_global_generator_does_not_move():
     model = peaked_model()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = draw(model, num=5, engine=engine)
+    first = draw(model, num=5)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(10)
-    assert draw(model, num=5, engine=engine) == first
-    assert draw(model, num=5, seed=1, engine=engine) != first
+    assert draw(model, num=5) == first
+    assert draw(model, num=5, seed=1) != first
     assert len({tuple(response) for response in first[0]}) > 1, "siblings are drawn independently"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_model_is_left_as_it_was(engine):
+def test_the_model_is_left_as_it_was():
     model = peaked_model()
     model.train()
     model.model.layers[0].eval()
@@ -130,23 +125,22 @@ def test_the_model_is_left_as_it_was(engine):
     own = model.generation_config = hostile()
     training = [module.training for module in model.modules()]
     attention = model.config._attn_implementation
-    drawn = draw(model, engine=engine)
+    drawn = draw(model)
     assert [module.training for module in model.modules()] == training
     assert model.generation_config is own
     assert model.config._attn_implementation == attention
     model.gradient_checkpointing_disable()
-    assert draw(model.eval(), engine=engine) == drawn
+    assert draw(model.eval()) == drawn
 
 
 def test_dropout_is_off_while_sampling():
     assert draw(peaked_model(attention_dropout=0.5).train()) == draw(peaked_model())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_responses_end_with_eos_or_at_their_length(engine):
+def test_responses_end_with_eos_or_at_their_length():
     model = tiny_model()
     stops = [EOS, 17, 40, 41, 42, 43, 44, 45, 46]
-    responses = draw(model, num=40, max_new_tokens=8, eos_token_ids=stops, engine=engine)
+    responses = draw(model, num=40, max_new_tokens=8, eos_token_ids=stops)
     assert [len(of_prompt) for of_prompt in responses] == [40, 40, 40]
     lengths = set()
     for response in (response for of_prompt in responses for response in of_prompt):
@@ -203,29 +197,12 @@ def mistral(**config) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_fewer_responses_are_an_error(engine, monkeypatch):
+def test_fewer_responses_are_an_error(monkeypatch):
     model = peaked_model()
-    if engine == "generate":
-        generate = model.generate
-        monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:-1])
-        with pytest.raises(D2OError, match="returned 11 responses instead of 3 x 4"):
-            draw(model, engine=engine)
-        return
-    from transformers.generation.continuous_batching import ContinuousBatchingManager
-
-    get_result = ContinuousBatchingManager.get_result
-
-    def loses_one(self, *args, **kwargs):
-        result = get_result(self, *args, **kwargs)
-        if result is not None and result.request_id == "req_1":
-            self.stop(block=True)  # what remains is lost, as when the thread dies
-            return None
-        return result
-
-    monkeypatch.setattr(ContinuousBatchingManager, "get_result", loses_one)
-    with pytest.raises(D2OError, match="of 3 x 4 responses missing"):
-        draw(model, engine=engine)
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:-1])
+    with pytest.raises(D2OError, match="returned 11 responses instead of 3 x 4"):
+        draw(model)
 
 
 def test_a_response_cut_by_something_else_is_an_error(monkeypatch):
@@ -240,7 +217,6 @@ def test_arguments():
     model = tiny_model()
     assert draw(model, []) == []
     for options, message in (
-        ({"engine": "vllm"}, "engine is 'vllm'"),
         ({"num": 0}, "at least 1"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"prompts": [[1], []]}, "an empty prompt"),
@@ -250,14 +226,13 @@ def test_arguments():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ENGINES)
-def test_frequencies_are_the_softmax_on_a_gpu(engine):
+def test_frequencies_are_the_softmax_on_a_gpu():
     model = peaked_model().cuda()
     model.generation_config = hostile()
     before = torch.cuda.get_rng_state()
-    responses = draw(model, num=1500, max_new_tokens=2, engine=engine)
+    responses = draw(model, num=1500, max_new_tokens=2)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    assert draw(model, num=1500, max_new_tokens=2, engine=engine) == responses
+    assert draw(model, num=1500, max_new_tokens=2) == responses
     model.cpu()
     for prompt, of_prompt in zip(PROMPTS, responses, strict=True):
         assert max(map(abs, excess(model, prompt, of_prompt))) < 4

@@ -420,7 +420,7 @@ def test_filters_stand_behind_a_server_too(served: Any, tmp_path: Path) -> None:
     with Proxy(served[0], like_vllm=True) as proxy:
         config = store_config(proxy.url, served[1], max_completion_length=1)
         plain = build(tmp_path / "plain", replace(config, num_generations=40), tiny_rows(2)).examples()
-        filters = {"num_draws": 40, "num_generations": 30, "drop_duplicate_anchors": True}
+        filters = {"num_draws": 40, "num_generations": 30, "drop_anchors": ["duplicate"]}
         store = build(tmp_path / "s", replace(config, **filters), tiny_rows(2))
         assert [e["body"].get("n") for e in proxy.log[-2:]] == [40, 40]
     for example, drawn in zip(store.examples(), plain, strict=True):

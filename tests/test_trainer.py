@@ -308,8 +308,9 @@ def test_the_schedule_is_transformers(kind: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     name = "constant_with_warmup" if kind == "constant" else kind
     theirs = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=21)
+    warmup = D2OConfig().warmup(21)
     for step in range(21):
-        assert schedule(step, 21, kind, 0.1) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert schedule(step, 21, kind, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         theirs.step()
 

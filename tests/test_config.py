@@ -1,0 +1,434 @@
+"""Every setting is described once, and checked the same from Python, flags and the settings file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import yaml
+from transformers import TrainingArguments
+from trl import DPOConfig, ModelConfig
+
+from d2o_fast import D2OConfig
+from d2o_fast import checkpoint as ckpt
+from d2o_fast.arguments import parse
+from d2o_fast.cli import main
+from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, fixed, having
+from d2o_fast.errors import D2OError
+from d2o_fast.filters import settings_text
+
+RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter"}
+NUMBERS = {int, float}
+#: what stands beside a setting so that it may be set at all
+BESIDE: dict[str, dict[str, Any]] = {
+    "server_model": {"server_url": "http://localhost:1/v1"},
+    "server_concurrency": {"server_url": "http://localhost:1/v1"},
+    "server_timeout": {"server_url": "http://localhost:1/v1"},
+    "min_anchor_score": {"anchor_score": "m:f"},
+    "anchor_score": {"min_anchor_score": 0.0},
+    **{f"lora_{part}": {"use_peft": True} for part in ("r", "alpha", "dropout", "target_modules")},
+    "max_length": {"max_completion_length": 1},
+    "num_generations": {"num_draws": None},
+    "num_draws": {"num_generations": 1},
+    "num_train_epochs": {"max_steps": -1},
+}
+
+
+def kinds_of(name: str) -> tuple[Any, ...]:
+    return get_args(KINDS[name]) if get_origin(KINDS[name]) not in (Literal, list, None) else (KINDS[name],)
+
+
+def choices_of(name: str) -> list[str]:
+    return [choice for kind in kinds_of(name) if get_origin(kind) is Literal for choice in get_args(kind)]
+
+
+def wrong_values(name: str) -> list[Any]:
+    """Values that no rule of the setting allows, each of a kind that users bring."""
+    kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
+    wrong: list[Any] = [math.nan, math.inf, -math.inf, 10**400, {"a": 1}, [1], ["  "], [None], {"x"}, b"x"]
+    wrong += [] if str in kinds else ["", "1", "1e-5", "none", [], "true"]
+    wrong += ["", "  "] if str in kinds and DEFAULTS[name] != "" else []
+    wrong += [] if bool in kinds else [True, False]
+    wrong += [] if NoneType in kinds or name == "report_to" else [None]
+    wrong += [0, 3, 0.5, -1.0] if not NUMBERS & kinds else []
+    wrong += [2.5, 2.0] if int in kinds else []
+    if "min" in rules:
+        wrong += [rules["min"] - 1]
+    if "above" in rules:
+        wrong += [rules["above"], -0.5]
+    if "max" in rules:
+        wrong += [rules["max"] + 0.01]
+    if "below" in rules:
+        wrong += [rules["below"]]
+    for choice in choices_of(name):
+        wrong += [choice.upper(), choice[:-1], f"{choice} ", f"{choice}s"]
+    if str not in kinds and not any(get_origin(kind) is list for kind in kinds):
+        wrong += [["a"], ("a",)]
+    if name == "drop_anchors":
+        wrong = [value for value in wrong if value != []] + [["duplicates"], ["duplicate", "long"]]
+    if name == "report_to":
+        wrong += ["wandb", "all", ["wandb"], ["tensorboard", "mlflow"]]
+    return wrong
+
+
+CASES = [(name, value) for name in FIELDS for value in wrong_values(name)]
+
+
+def refused(name: str, error: BaseException) -> None:
+    text = str(error)
+    assert re.search(rf"(^|: |--){name} is ", text), text
+    assert "; it must be " in text
+    assert "\n" not in text
+    for choice in choices_of(name):
+        assert repr(choice) in text
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_python_refuses_what_no_setting_means(name: str) -> None:
+    for value in wrong_values(name):
+        with pytest.raises(D2OError) as error:
+            D2OConfig(**{**BESIDE.get(name, {}), name: value})
+        refused(name, error.value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_file_refuses_the_same(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for value in wrong_values(name):
+        if isinstance(value, tuple | set | bytes):
+            continue  # YAML has no such value
+        text = json.dumps(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+        path.write_text(f"{name}: {text}")
+        with pytest.raises(D2OError) as error:
+            parse("train", [str(path)])
+        refused(name, error.value)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_flag_refuses_the_same(name: str) -> None:
+    kinds = set(kinds_of(name))
+    for value in wrong_values(name):
+        text = (
+            value
+            if isinstance(value, str)
+            else yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()
+        )
+        if isinstance(value, tuple | set | bytes) or (isinstance(value, str) and str not in kinds):
+            continue  # a flag has no such value; 1 in quotes is the number
+        if str in kinds and not isinstance(value, str) and not (list[str] in kinds and isinstance(value, list)):
+            continue  # the flag of a text is taken as it is
+        with pytest.raises(D2OError) as error:
+            D2OConfig(**{**BESIDE.get(name, {}), **parse("train", [f"--{name}={text}"])[1]})
+        refused(name, error.value)
+
+
+def right_values(name: str) -> list[Any]:
+    kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
+    right: list[Any] = [DEFAULTS[name], *choices_of(name)]
+    right += [True, False] if bool in kinds else []
+    right += ["some/text"] if str in kinds and name != "report_to" else []
+    right += [["a", "b"]] if list[str] in kinds and name != "report_to" else []
+    if NUMBERS & kinds:
+        low, high = rules.get("min", rules.get("above", 1)), rules.get("max", rules.get("below", 1000))
+        right += [low] if "min" in rules and name not in ("max_steps", "min_anchor_score") else []
+        right += [high] if "max" in rules else []
+        right += [low + 1] if int in kinds and name != "max_steps" else []
+        right += [min(low + 0.25, high)] if float in kinds else []
+    if name == "drop_anchors":
+        right += [["empty"], ["duplicate", "truncated", "empty"]]
+    if name == "report_to":
+        right += ["tensorboard", ["tensorboard"]]
+    return right
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_allowed_is_the_same_everywhere(name: str, tmp_path: Path) -> None:
+    for value in right_values(name):
+        beside = BESIDE.get(name, {}) | ({"ref_model_neg": None} if name == "refresh_every" else {})
+        if name in ("anchor_score", "min_anchor_score") and value is None:
+            beside = {}
+        expected = getattr(D2OConfig(**{**beside, name: value}), name)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: value}))
+        from_file = parse("train", [str(tmp_path / "config.yaml")])[1]
+        text = "null" if value is None else value if isinstance(value, str) else json.dumps(value)
+        if value == "":
+            continue  # not set
+        from_flag = parse("train", [f"--{name}={text}"])[1]
+        for found in (from_file, from_flag):
+            again = getattr(D2OConfig(**{**beside, **found}), name)
+            assert again == expected
+            assert json.dumps(again) == json.dumps(float(expected) if type(again) is float else expected)
+
+
+def test_numpys_numbers_tuples_and_paths_become_pythons() -> None:
+    config = D2OConfig(
+        learning_rate=np.float64(2e-5),
+        beta=np.float32(0.5),
+        max_steps=np.int64(3),
+        use_peft=np.bool_(True),
+        lora_target_modules=("q", "v"),
+        output_dir=Path("a") / "b",  # type: ignore[arg-type]
+    )
+    found = [config.learning_rate, config.beta, config.max_steps, config.use_peft, config.output_dir]
+    assert found == [2e-5, 0.5, 3, True, os.path.join("a", "b")]
+    assert [type(value) for value in found] == [float, float, int, bool, str]
+    assert config.lora_target_modules == ["q", "v"]
+    yaml.safe_dump(dataclasses.asdict(config))
+    with pytest.raises(D2OError, match=r"num_generations is np\.float64"):
+        D2OConfig(num_generations=np.float64(2.0))  # type: ignore[arg-type]
+
+
+# --- Several settings together ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": 0}, "num_train_epochs is 0; it must be a number > 0, unless max_steps is set"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0"),
+        ({"max_steps": 0}, "max_steps is 0; it must be an integer >= 1, or -1"),
+        ({"warmup_steps": 2.5}, "warmup_steps is 2.5; it must be a whole number of steps"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio is 0.1; it must be left out where warmup_steps"),
+        ({"lora_r": 8}, "lora_r is 8; it must be left out, or use_peft set"),
+        (
+            {"lora_target_modules": ["q_proj"]},
+            "lora_target_modules is .'q_proj'.; it must be left out, or use_peft set",
+        ),
+        ({"server_model": "m"}, "server_model is 'm'; it must be left out, or server_url set"),
+        ({"min_anchor_score": 1.0}, "min_anchor_score is 1.0; it must be left out, or anchor_score set"),
+        ({"anchor_score": "a:b"}, "anchor_score is 'a:b'; it must be beside min_anchor_score, or num_draws above"),
+        ({"num_draws": 3}, "num_draws is 3; it must be at least num_generations"),
+        ({"max_length": 256}, "max_completion_length is 256; it must be less than max_length"),
+        ({"alpha": 0, "beta": 0.0}, "alpha is 0; it must be above 0 where beta is 0"),
+        ({"refresh_every": 1, "server_url": "http://x"}, "refresh_every is 1; it must be 0 while server_url"),
+        ({"refresh_every": 1, "ref_model_neg": "a"}, "refresh_every is 1; it must be 0 while ref_model_neg"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(D2OError, match=message):
+        D2OConfig(**settings)
+
+
+def test_what_the_rules_for_two_leave_allowed() -> None:
+    D2OConfig(num_train_epochs=-1, max_steps=5)
+    D2OConfig(use_peft=True, lora_r=8)
+    D2OConfig(warmup_steps=0.2, warmup_ratio=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 3),
+        ({"warmup_ratio": 0.1}, 3),
+        ({"warmup_steps": 0.1}, 3),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_ratio": 0}, 0),
+        ({"warmup_steps": 1}, 1),
+        ({"warmup_ratio": 1.0}, 21),
+        ({"warmup_steps": 7.0}, 7),
+        ({"warmup_steps": 0.5}, 11),
+    ],
+)
+def test_the_warm_up_is_a_share_or_a_number_of_steps(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    assert D2OConfig(**settings).warmup(21) == steps
+    if "warmup_steps" in settings:  # as transformers counts
+        theirs = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+        assert theirs.get_warmup_steps(21) == steps
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("none", []), (["none"], []), (None, []), ("tensorboard", ["tensorboard"])]
+)
+def test_report_to_is_read_as_transformers_reads_it(given: Any, kept: list[str]) -> None:
+    assert D2OConfig(report_to=given).report_to == kept
+
+
+# --- The file and the flags ------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_there_twice_is_an_error_with_its_lines(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("alpha: 0.1\nbeta: 0.2\n\nalpha: 0.3\n")
+    assert main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: 'alpha' is set twice, in lines 1 and 4\n"
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-05", "0.00001", ".1e-4", "1e-05"])
+def test_exponents_are_numbers(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"learning_rate: {text}\n")
+    for arguments in ([str(tmp_path / "config.yaml")], [f"--learning_rate={text}"], ["--learning_rate", text]):
+        assert parse("train", arguments)[1] == {"learning_rate": 1e-5}
+
+
+def test_texts_that_look_like_numbers_stay_texts_in_a_flag() -> None:
+    flags = [
+        "--output_dir",
+        "5",
+        "--ref_model_neg=1e5",
+        "--dataset_name",
+        "[ab].jsonl",
+        "--eval_dataset_name",
+        "[a, b]",
+    ]
+    assert parse("train", flags)[1] == {
+        "output_dir": "5",
+        "ref_model_neg": "1e5",
+        "dataset_name": "[ab].jsonl",
+        "eval_dataset_name": ["a", "b"],
+    }
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_name_of_older_versions_is_answered_with_the_new_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"{name}: true\n")
+    new = re.search(r"'(\w+)", RENAMED[name])
+    assert name not in FIELDS
+    for arguments in ([str(tmp_path / "config.yaml")], [f"--{name}", "true"]):
+        with pytest.raises(D2OError, match=f"{name}.*of older versions; {re.escape(RENAMED[name])}"):
+            parse("train", arguments)
+    assert new is None or new[1] in (*FIELDS, "s")
+
+
+# --- Described once --------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_has_help_and_known_rules() -> None:
+    for name, field in FIELDS.items():
+        assert field.metadata.get("help", "").strip(), f"{name} has no help"
+        assert set(field.metadata) <= RULES, f"{name} has a rule that nothing reads"
+        assert allowed(name)
+        if NUMBERS & set(kinds_of(name)) and name not in ("num_train_epochs", "min_anchor_score"):
+            assert {"min", "above"} & set(field.metadata), f"{name} has no lower bound"
+    for name, needed in having("needs").items():
+        assert needed in FIELDS, name
+
+
+def test_the_lists_come_from_the_fields() -> None:
+    settings = dataclasses.asdict(D2OConfig(use_peft=True))
+    assert set(fixed(settings)) == set(having("fixed")) - {"warmup_ratio"}
+    text = settings_text(D2OConfig(num_draws=20, drop_anchors=["empty", "duplicate"], max_anchor_overlap=0.5))
+    assert text == "num_draws 20; drop_anchors empty, duplicate; max_anchor_overlap 0.5"
+    assert settings_text(D2OConfig()) == ""
+    everything = {"anchor_score": "a:b", "min_anchor_score": 0.0, "num_draws": 20, "max_anchor_overlap": 0.0}
+    text = settings_text(D2OConfig(drop_anchors=["empty"], **everything))
+    assert re.findall(r"(\w+) [^;]+(?:; |$)", text) == list(having("filter"))
+
+
+def test_settings_need_nothing_slow() -> None:
+    code = (
+        "import sys, d2o_fast.config; print({'torch', 'transformers', 'jsonargparse'} & set(sys.modules) - {'torch'})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "set()\n"
+
+
+# --- Checkpoints of older versions -----------------------------------------------------------------------------------
+
+OLD = {
+    **{"alpha": 0.1, "beta": 0.1, "anchor_weight": 0.0, "dtype": "float32", "seed": 42, "learning_rate": 1e-06},
+    **{"lr_scheduler_type": "linear", "warmup_ratio": 0.1, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999},
+    **{"adam_epsilon": 1e-08, "max_grad_norm": 1.0, "num_train_epochs": 1.0, "max_steps": -1, "refresh_every": 0},
+    **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "refresh_strategy": "steps"},
+    **{"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None},
+    **{"drop_duplicate_anchors": True, "drop_empty_anchors": False, "drop_truncated_anchors": False},
+    **{"sampling_engine": "generate", "ref_model": None, "truncation_mode": "keep_end", "report_to": []},
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "now", "changed"),
+    [
+        ({}, {}, None),
+        ({}, {"warmup_steps": 0.1}, None),
+        ({}, {"warmup_ratio": 0.1}, None),
+        ({"warmup_ratio": 0.0}, {"warmup_steps": 0}, None),
+        ({"warmup_ratio": 0.0}, {}, "warmup_steps: 0.0 in the checkpoint, now 0.1"),
+        ({"warmup_ratio": 1.0}, {"warmup_steps": 1}, "warmup_steps: 'all' in the checkpoint, now 1"),
+        ({"max_steps": 0}, {}, None),
+        ({"lora_r": 8}, {}, None),  # no adapter: it decided nothing
+        ({"use_peft": True, "lora_r": 8}, {"use_peft": True}, "lora_r: 8 in the checkpoint, now 16"),
+        ({"use_peft": True}, {}, "use_peft: True in the checkpoint, now False"),
+        ({}, {"seed": 1}, "seed: 42 in the checkpoint, now 1"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_an_older_version_is_continued(old: Any, now: Any, changed: str | None) -> None:
+    state = ckpt.TrainerState(config={**OLD, **old})
+    if changed is None:
+        ckpt.check_unchanged(Path("checkpoint-2"), state, D2OConfig(**now))
+    else:
+        with pytest.raises(D2OError, match=changed):
+            ckpt.check_unchanged(Path("checkpoint-2"), state, D2OConfig(**now))
+
+
+# --- TRL and transformers --------------------------------------------------------------------------------------------
+
+#: (setting, "type" or "default"): why it is not theirs
+DIFFERENCES = {
+    ("model_name_or_path", "type"): "an empty text says that there is none",
+    ("model_name_or_path", "default"): "an empty text says that there is none",
+    ("max_length", "type"): "every store is made under a length",
+    ("output_dir", "type"): "there is always one",
+    ("output_dir", "default"): "d2o train works without naming one",
+    ("warmup_steps", "default"): "a method that moves away from its start is warmed up",
+    ("num_train_epochs", "default"): "one pass; the margin grows without bound in more",
+    ("per_device_train_batch_size", "default"): "each prompt comes with its K + 1 responses",
+    ("per_device_eval_batch_size", "default"): "each prompt comes with its K + 1 responses",
+    ("gradient_checkpointing", "default"): "shared prompts leave room; off is faster",
+    ("eval_steps", "type"): "0 in place of eval_strategy, and no share of the run",
+    ("eval_steps", "default"): "0: at the end only, as there is no eval_strategy",
+    ("logging_steps", "type"): "no share of the run",
+    ("logging_steps", "default"): "a line for every step",
+    ("save_steps", "type"): "no share of the run",
+    ("report_to", "type"): "nothing at all is 'none'",
+    ("lora_dropout", "default"): "the policy and its reference agree at the first step",
+    ("lora_target_modules", "type"): "a text too, as peft takes it ('all-linear')",
+    ("dtype", "type"): "there is always one",
+}
+
+
+def theirs() -> dict[str, tuple[Any, Any]]:
+    """Type and default of every field of theirs that is a setting of ours; TRL's where both have it."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for cls in (TrainingArguments, ModelConfig, DPOConfig):
+        kinds = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in FIELDS:
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                found[field.name] = kinds[field.name], default
+    return found
+
+
+def plain(kind: Any) -> set[Any]:
+    """The types that a value may have; a choice among texts, theirs as an Enum, is a text."""
+    parts = get_args(kind) if get_origin(kind) not in (Literal, list, None) else (kind,)
+    texts = {
+        part for part in parts if get_origin(part) is Literal or (isinstance(part, type) and issubclass(part, Enum))
+    }
+    return {part for part in parts if part not in texts} | ({str} if texts else set())
+
+
+def test_settings_follow_trl() -> None:
+    found = set()
+    shared = theirs()
+    assert len(shared) > 25
+    for name, (kind, default) in shared.items():
+        if plain(KINDS[name]) != plain(kind):
+            found.add((name, "type"))
+        ours = getattr(D2OConfig(), name)
+        if ours != default and not (name == "report_to" and default == "none" and ours == []):
+            found.add((name, "default"))
+    assert found - set(DIFFERENCES) == set(), "a difference without a reason"
+    assert set(DIFFERENCES) - found == set(), "a difference that is no more"
