@@ -25,8 +25,11 @@ from d2o_fast import checkpoint as ckpt
 from d2o_fast.arguments import parse
 from d2o_fast.cli import main
 from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, fixed, having
+from d2o_fast.data import rows_from
 from d2o_fast.errors import D2OError
 from d2o_fast.filters import settings_text
+from d2o_fast.fingerprint import expected_fingerprint
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter"}
 NUMBERS = {int, float}
@@ -371,6 +374,26 @@ def test_a_checkpoint_of_an_older_version_is_continued(old: Any, now: Any, chang
     else:
         with pytest.raises(D2OError, match=changed):
             ckpt.check_unchanged(Path("checkpoint-2"), state, D2OConfig(**now))
+
+
+def test_a_fingerprint_has_the_fields_that_older_stores_have() -> None:
+    config = D2OConfig(drop_anchors=["truncated"], max_anchor_overlap=0.5, num_draws=20)
+    found = expected_fingerprint(tiny_model(), tiny_tokenizer(), rows_from(tiny_rows(2)), config)
+    contents = ("rows", "tokenizer", "chat_template", "stop_token_ids")
+    models = [name for name in found if name.startswith("ref_") or name in ("weights", "model_config", "adapter")]
+    assert {name: value for name, value in found.items() if name not in (*contents, *models)} == {
+        **{"format": 1, "sampler": "generate", "max_length": 1024, "max_completion_length": 256},
+        **{
+            "truncation_mode": "keep_start",
+            "dtype": "float32",
+            "num_generations": 11,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        },
+        **{"sampling_seed": 0, "sampling_batch_size": 16, "sampling_instruction": None},
+        **{"drop_duplicate_anchors": False, "drop_empty_anchors": False, "drop_truncated_anchors": True},
+        **{"max_anchor_overlap": 0.5, "min_anchor_score": None, "num_draws": 20, "anchor_score": None},
+    }
 
 
 # --- TRL and transformers --------------------------------------------------------------------------------------------

@@ -137,8 +137,8 @@ def test_a_score_that_is_no_number_names_the_row(scores: Any, value: Any) -> Non
     ("settings", "message"),
     [
         ({"num_draws": 2}, "num_draws is 2; it must be at least num_generations .3., or nothing"),
-        ({"max_anchor_overlap": 1.0}, "max_anchor_overlap is 1.0; it must be a share in"),
-        ({"min_anchor_score": 1.0}, "min_anchor_score is 1.0; it must be a finite number beside anchor_score"),
+        ({"max_anchor_overlap": 1.0}, "max_anchor_overlap is 1.0; it must be a number >= 0 and < 1, or nothing"),
+        ({"min_anchor_score": 1.0}, "min_anchor_score is 1.0; it must be left out, or anchor_score set"),
         ({"anchor_score": "a:b"}, "anchor_score is 'a:b'; .*it would decide nothing"),
         ({"anchor_score": "a:b", "num_draws": 3}, "it would decide nothing"),
     ],
@@ -344,8 +344,10 @@ def test_the_fingerprint_names_filters_and_scorer(tmp_path: Path, scores: Any) -
         json.dumps(one)
         return {name for name in one if one[name] != other[name]}
 
-    for name, value in (("num_draws", 5), ("max_anchor_overlap", 0.5), *ALL.items()):
+    for name, value in (("num_draws", 5), ("max_anchor_overlap", 0.5)):
         assert changed(CONFIG, replace(CONFIG, **{name: value})) == {name}
+    for kind in ALL["drop_anchors"]:
+        assert changed(CONFIG, replace(CONFIG, drop_anchors=[kind])) == {f"drop_{kind}_anchors"}
     assert changed(CONFIG, replace(CONFIG, num_draws=3)) == set(), "K draws are what is drawn anyway"
     scored = replace(CONFIG, anchor_score="anchor_scores:length", num_draws=5)
     assert changed(scored, replace(scored, min_anchor_score=1.0)) == {"min_anchor_score"}
