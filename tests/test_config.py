@@ -379,10 +379,10 @@ def test_a_checkpoint_of_an_older_version_is_continued(old: Any, now: Any, chang
 def test_a_fingerprint_has_the_fields_that_older_stores_have() -> None:
     config = D2OConfig(drop_anchors=["truncated"], max_anchor_overlap=0.5, num_draws=20)
     found = expected_fingerprint(tiny_model(), tiny_tokenizer(), rows_from(tiny_rows(2)), config)
-    contents = ("rows", "tokenizer", "chat_template", "stop_token_ids")
+    contents = ("format", "rows", "tokenizer", "chat_template", "stop_token_ids")
     models = [name for name in found if name.startswith("ref_") or name in ("weights", "model_config", "adapter")]
     assert {name: value for name, value in found.items() if name not in (*contents, *models)} == {
-        **{"format": 1, "sampler": "generate", "max_length": 1024, "max_completion_length": 256},
+        **{"sampler": "generate", "max_length": 1024, "max_completion_length": 256},
         **{
             "truncation_mode": "keep_start",
             "dtype": "float32",

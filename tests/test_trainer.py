@@ -453,3 +453,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: AnchorSt
 def test_there_must_be_something_to_evaluate_on(tmp_path: Path, store: AnchorStore) -> None:
     with pytest.raises(D2OError, match="nothing to evaluate on"):
         trainer(tmp_path, store).evaluate()
+
+
+@pytest.mark.parametrize("settings", [{"eval_steps": 2}, {"judge": "module:function"}], ids=str)
+def test_evaluation_without_held_out_data_is_refused_before_anything_is_loaded(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    ((name, value),) = settings.items()
+    message = f"{name} is {value!r}; it must be left out where there are no held-out data"
+    with pytest.raises(D2OError, match=message):
+        D2OTrainer("no/such/model", config(tmp_path / "run", **settings), tiny_rows(2))
+    assert not (tmp_path / "run").exists()
