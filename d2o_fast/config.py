@@ -56,7 +56,9 @@ class D2OConfig:
         256, "tokens of a response; longer ones lose their end", min=1, fingerprint=True
     )
     truncation_mode: Literal["keep_start", "keep_end"] = setting(
-        "keep_start", "which side of a long prompt stays", fingerprint=True
+        "keep_start",
+        "which side of a prompt stays that is longer than max_length - max_completion_length",
+        fingerprint=True,
     )
 
     # Anchors and references
@@ -81,8 +83,8 @@ class D2OConfig:
     server_model: str | None = setting(
         None, "name under which the server serves the model; model_name_or_path if not given", needs="server_url"
     )
-    server_concurrency: int = setting(16, "prompts under way at a time", min=1, needs="server_url")
-    server_timeout: float = setting(600.0, "seconds for one request", above=0, needs="server_url")
+    server_concurrency: int = setting(16, "prompts under way at a time", min=1)
+    server_timeout: float = setting(600.0, "seconds for one request", above=0)
     ref_model_neg: str | None = setting(
         None, "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given"
     )

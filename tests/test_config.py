@@ -85,9 +85,6 @@ def wrong_values(name: str) -> list[Any]:
     return wrong
 
 
-CASES = [(name, value) for name in FIELDS for value in wrong_values(name)]
-
-
 def refused(name: str, error: BaseException) -> None:
     text = str(error)
     assert re.search(rf"(^|: |--){name} is ", text), text
@@ -296,12 +293,10 @@ def test_texts_that_look_like_numbers_stay_texts_in_a_flag() -> None:
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_name_of_older_versions_is_answered_with_the_new_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"{name}: true\n")
-    new = re.search(r"'(\w+)", RENAMED[name])
     assert name not in FIELDS
     for arguments in ([str(tmp_path / "config.yaml")], [f"--{name}", "true"]):
         with pytest.raises(D2OError, match=f"{name}.*of older versions; {re.escape(RENAMED[name])}"):
             parse("train", arguments)
-    assert new is None or new[1] in (*FIELDS, "s")
 
 
 # --- Described once --------------------------------------------------------------------------------------------------
@@ -330,9 +325,7 @@ def test_the_lists_come_from_the_fields() -> None:
 
 
 def test_settings_need_nothing_slow() -> None:
-    code = (
-        "import sys, d2o_fast.config; print({'torch', 'transformers', 'jsonargparse'} & set(sys.modules) - {'torch'})"
-    )
+    code = "import sys, d2o_fast.config; print({'transformers', 'jsonargparse'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found == "set()\n"
 

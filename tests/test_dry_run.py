@@ -14,7 +14,7 @@ from d2o_fast.dry_run import SHOWN, describe, histogram
 from d2o_fast.errors import DataError
 from tiny import tiny_rows, tiny_tokenizer
 
-CONFIG = D2OConfig(max_length=64, max_completion_length=32, num_generations=5)
+CONFIG = D2OConfig(max_length=64, max_completion_length=32, num_generations=5, truncation_mode="keep_end")
 
 
 def test_counts_lengths_and_what_would_be_cut() -> None:
@@ -51,7 +51,7 @@ def test_an_example_is_shown_as_it_will_be_cut() -> None:
     records = [{"prompt": "abc" + "x" * 35, "rejected": "y" * 40}]
     tokenizer = tiny_tokenizer()
     assert f"\n    {'x' * 32}⟦{'y' * 32}⟧" in describe("eval", rows_from(records), tokenizer, CONFIG)
-    longer = D2OConfig(max_length=2048, max_completion_length=1024)
+    longer = D2OConfig(max_length=2048, max_completion_length=1024, truncation_mode="keep_end")
     records = [{"prompt": "x" * 900, "rejected": "y" * 900}]
     text = describe("eval", rows_from(records), tokenizer, longer)
     assert f"\n    ...{'x' * SHOWN}⟦{'y' * SHOWN}...⟧" in text

@@ -13,7 +13,7 @@ from d2o_fast.errors import D2OError
 from d2o_fast.evaluate import judge_model, load_judge, prompt_text
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-CUT = {"max_length": 32, "max_completion_length": 28}
+CUT = {"max_length": 32, "max_completion_length": 28, "truncation_mode": "keep_end"}
 
 
 @pytest.fixture(scope="module")

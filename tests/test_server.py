@@ -171,7 +171,7 @@ def test_what_cannot_be_right_is_refused_at_once(served: Any) -> None:
         sampler("localhost:8000", folder)
     with pytest.raises(D2OError, match="server_model is not set: give the name"):
         ServerSampler(url, "", 1, 1.0)
-    with pytest.raises(D2OError, match="server_url is None; it must be where the server listens, since server_model"):
+    with pytest.raises(D2OError, match="server_model is 'm'; it must be left out, or server_url set"):
         D2OConfig(server_model="m")
     with pytest.raises(D2OError, match="server_timeout is 0; it must be a number > 0"):
         D2OConfig(server_timeout=0)
