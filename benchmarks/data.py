@@ -48,8 +48,8 @@ def epoch(folder: str) -> dict[str, float]:
     """The store opened, and all its rows packed in a shuffled order, ``STEP`` at a time."""
     import torch
 
-    from d2o_fast.anchors import AnchorStore
-    from d2o_fast.batching import pack_shared
+    from d2o_fast.anchors.build import AnchorStore
+    from d2o_fast.forward.batch import pack_shared
 
     started = time.perf_counter()
     examples = AnchorStore.open(f"{folder}/store").examples()
@@ -124,8 +124,8 @@ def write_store(folder: Path, count: int) -> None:
     """A store of ``count`` rows with given anchors of 8 to 20 words and scores of -1 nat a token."""
     import pyarrow as pa
 
+    from d2o_fast.anchors.shards import FORMAT, SCHEMA, begin, write_shard
     from d2o_fast.config import D2OConfig
-    from d2o_fast.shards import FORMAT, SCHEMA, begin, write_shard
 
     folder.mkdir()
     settings = D2OConfig(sampling_batch_size=SHARD, num_generations=K)

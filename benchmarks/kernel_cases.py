@@ -20,10 +20,10 @@ from d2o_fast.kernels.filtered_products import filtered_products
 from d2o_fast.kernels.group_loss import group_loss
 from d2o_fast.kernels.linear_logprob import linear_logprob_forward
 from d2o_fast.kernels.logit_grad import logit_grad_, logit_stats
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.ops import WORKSPACE_BYTES
-from d2o_fast.products import product_
-from d2o_fast.reference import d2o_loss, naive_linear_logprob, sequence_logps
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.matmul import product_
+from d2o_fast.loss.ops import WORKSPACE_BYTES
+from d2o_fast.loss.reference import d2o_loss, naive_linear_logprob, sequence_logps
 
 SAMPLE = 64  # rows, or kept columns, at which a large result is compared in fp64
 FILTER_EPS = 1e-3

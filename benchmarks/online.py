@@ -37,13 +37,13 @@ from matplotlib import pyplot
 
 from benchmarks import toy
 from benchmarks.runner import commit
-from d2o_fast.anchors import AnchorStore
+from d2o_fast.anchors.build import AnchorStore
 from d2o_fast.config import D2OConfig
 from d2o_fast.demo.report import Shares
 from d2o_fast.demo.run import d2o_curve, judged, versions
-from d2o_fast.metrics import read_log
-from d2o_fast.models import load_tokenizer
-from d2o_fast.trainer import D2OTrainer
+from d2o_fast.model.loading import load_tokenizer
+from d2o_fast.training.metrics import read_log
+from d2o_fast.training.trainer import D2OTrainer
 
 matplotlib.use("Agg")  # no window
 LOOK = 10  #: steps between two looks at the held-out prompts

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.shapes import Problem
-from d2o_fast.ops import choose_engine, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import D2OOutput, naive_linear_logprob
+from d2o_fast.loss.ops import choose_engine, fused_d2o_loss, linear_logprob
+from d2o_fast.loss.reference import D2OOutput, naive_linear_logprob
 
 ALPHA = BETA = 0.1
 FILTER_EPS = 2.0**-12  # the threshold of cce's own filter

@@ -32,11 +32,11 @@ from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.samplers import random_model, word_tokenizer
 from benchmarks.serving import Proxy, transformers_serve, vllm_serve
-from d2o_fast import server as server_module
-from d2o_fast.anchors import AnchorStore, build_store
+from d2o_fast.anchors.build import AnchorStore, build_store
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from
+from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError
+from d2o_fast.sampling import server as server_module
 
 ROWS, K, LONGEST, SHARD = 5, 3, 12, 3
 WANTED = ROWS * K

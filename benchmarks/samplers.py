@@ -36,11 +36,11 @@ from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.serving import transformers_serve, vllm_serve
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from
-from d2o_fast.protocol import Sampling, ServerPrompt
-from d2o_fast.sampling import sample_responses
-from d2o_fast.server import ServerSampler
-from d2o_fast.tokens import tokenize_drawn
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.tokens import tokenize_drawn
+from d2o_fast.sampling.generate import sample_responses
+from d2o_fast.sampling.protocol import Sampling, ServerPrompt
+from d2o_fast.sampling.server import ServerSampler
 
 V, EOS = 64, 0
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}

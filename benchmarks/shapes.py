@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.reference import naive_d2o_loss, naive_linear_logprob
 
 MODES = {"train": 3, "frozen": 2, "score": 1}  # products of size N x H x V that an exact, dense computation needs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

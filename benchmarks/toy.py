@@ -35,17 +35,17 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.runner import commit
-from d2o_fast.anchors import AnchorStore
+from d2o_fast.anchors.build import AnchorStore
 from d2o_fast.cli import main as d2o
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import Row, read_rows
+from d2o_fast.data.reading import Row, read_rows
 from d2o_fast.demo import world
 from d2o_fast.demo.model import build_tokenizer, pretrain
 from d2o_fast.demo.report import Shares
 from d2o_fast.demo.run import BASELINES, FULL, d2o_curve, judged, train_baseline, versions, write_config
-from d2o_fast.metrics import read_log
-from d2o_fast.models import load_model, load_tokenizer
-from d2o_fast.trainer import D2OTrainer
+from d2o_fast.model.loading import load_model, load_tokenizer
+from d2o_fast.training.metrics import read_log
+from d2o_fast.training.trainer import D2OTrainer
 
 LOOK = 10  #: steps between two looks at the test prompts
 PAPER = {"anchor_weight": 0.0, "refresh_every": 0}  #: the paper's loss, anchors drawn once

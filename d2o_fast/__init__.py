@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.ops import fused_d2o_loss, fused_margin_loss, linear_logprob
-from d2o_fast.reference import D2OOutput, Margin, d2o_loss
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.ops import fused_d2o_loss, fused_margin_loss, linear_logprob
+from d2o_fast.loss.reference import D2OOutput, Margin, d2o_loss
 
 if TYPE_CHECKING:
     from d2o_fast.config import D2OConfig
-    from d2o_fast.trainer import D2OTrainer
+    from d2o_fast.training.trainer import D2OTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "linear_logprob",
 ]
 
-_LAZY = {"D2OConfig": "d2o_fast.config", "D2OTrainer": "d2o_fast.trainer"}  # these import transformers
+_LAZY = {"D2OConfig": "d2o_fast.config", "D2OTrainer": "d2o_fast.training.trainer"}  # these import transformers
 
 
 def __getattr__(name: str) -> Any:

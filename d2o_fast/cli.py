@@ -52,7 +52,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
         return demo(**options, run=main)
     if command == "anchors":
-        from d2o_fast.inspect_store import anchors
+        from d2o_fast.anchors.inspection import anchors
 
         return anchors(**options)
     if command == "doctor":
@@ -98,8 +98,8 @@ def _help() -> str:
 
 
 def _dry_run(config: D2OConfig) -> int:
-    from d2o_fast.dry_run import describe
-    from d2o_fast.models import load_tokenizer
+    from d2o_fast.data.dry_run import describe
+    from d2o_fast.model.loading import load_tokenizer
     from d2o_fast.prepare import read_datasets
 
     tokenizer = load_tokenizer(config)
@@ -113,9 +113,9 @@ def _dry_run(config: D2OConfig) -> int:
 def _sample(config: D2OConfig) -> int:
     import torch
 
-    from d2o_fast.filters import counts_text
-    from d2o_fast.models import load_tokenizer
-    from d2o_fast.ops import choose_engine
+    from d2o_fast.anchors.filters import counts_text
+    from d2o_fast.loss.ops import choose_engine
+    from d2o_fast.model.loading import load_tokenizer
     from d2o_fast.prepare import initial_model, open_store, read_datasets
 
     train, held_out = read_datasets(config)
@@ -148,7 +148,7 @@ def _sample(config: D2OConfig) -> int:
 
 def _train(config: D2OConfig) -> int:
     from d2o_fast.prepare import read_datasets
-    from d2o_fast.trainer import D2OTrainer
+    from d2o_fast.training.trainer import D2OTrainer
 
     train, held_out = read_datasets(config)
     result = D2OTrainer(config.model_name_or_path, config, train, held_out).train()
@@ -158,9 +158,9 @@ def _train(config: D2OConfig) -> int:
 
 
 def _eval(config: D2OConfig, eval_model: str | None) -> int:
-    from d2o_fast.models import load_tokenizer
+    from d2o_fast.model.loading import load_tokenizer
     from d2o_fast.prepare import initial_model, open_store, read_datasets, trained_model
-    from d2o_fast.step import evaluate_model
+    from d2o_fast.training.step import evaluate_model
 
     rows = read_datasets(config)[1]
     if not rows:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from d2o_fast.flash import CpuFlash, CudaFlash, FlashAttnPackage
-from d2o_fast.ops import choose_engine
+from d2o_fast.forward.flash import CpuFlash, CudaFlash, FlashAttnPackage
+from d2o_fast.loss.ops import choose_engine
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")
 

@@ -14,13 +14,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from d2o_fast.adapters import adapter_base, put_adapter
-from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
+from d2o_fast.anchors.build import AnchorStore, build_store, expected_fingerprint
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import Row, prompt_key, read_rows, split_by_prompt
+from d2o_fast.data.on_disk import Digests
+from d2o_fast.data.reading import Row, prompt_key, read_rows, split_by_prompt
 from d2o_fast.errors import D2OError
-from d2o_fast.models import base_of, load_model, quiet_transformers, refuse_quantised
-from d2o_fast.rows import Digests
+from d2o_fast.model.adapters import adapter_base, put_adapter
+from d2o_fast.model.loading import base_of, load_model, quiet_transformers, refuse_quantised
 
 logger = logging.getLogger("d2o_fast")
 

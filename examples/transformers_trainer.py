@@ -15,10 +15,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from d2o_fast import D2OConfig, fused_d2o_loss
-from d2o_fast.anchors import build_store
-from d2o_fast.batching import Example, pack, response_hidden
-from d2o_fast.data import read_rows
-from d2o_fast.models import decoder_of, head_of, load_model, load_tokenizer, pad_token_id
+from d2o_fast.anchors.build import build_store
+from d2o_fast.data.reading import read_rows
+from d2o_fast.forward.batch import Example, pack, response_hidden
+from d2o_fast.model.loading import decoder_of, head_of, load_model, load_tokenizer, pad_token_id
 
 
 class D2OLossTrainer(Trainer):

@@ -2,7 +2,7 @@
 
 Shapes: N response tokens, V vocabulary, H hidden.
 
-The logit follows ``d2o_fast.reference.naive_linear_logprob``::
+The logit follows ``d2o_fast.loss.reference.naive_linear_logprob``::
 
     x     = LOGIT_SCALE * (product + bias)          product = hidden @ weight.T
     logit = SOFTCAP * tanh(x / SOFTCAP)             or x, without a softcap

@@ -15,7 +15,7 @@ import torch
 from d2o_fast.kernels.filtered_products import filtered_products
 from d2o_fast.kernels.linear_logprob import linear_logprob_forward
 from d2o_fast.kernels.logit_grad import logit_grad_, logit_stats
-from d2o_fast.reference import naive_linear_logprob
+from d2o_fast.loss.reference import naive_linear_logprob
 from helpers import assert_close
 
 FAR = 2**30 + 8  # elements between rows: the third row is beyond 2^31, and rows stay multiples of 16 bytes apart

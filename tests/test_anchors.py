@@ -19,22 +19,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from d2o_fast import drawing as drawing_module
-from d2o_fast import locking as locking_module
-from d2o_fast import references as references_module
-from d2o_fast import scoring as scoring_module
-from d2o_fast import shards as shards_module
-from d2o_fast.anchors import AnchorStore, build_store, expected_fingerprint
-from d2o_fast.batching import Example
+from d2o_fast import files as locking_module
+from d2o_fast.anchors import drawing as drawing_module
+from d2o_fast.anchors import references as references_module
+from d2o_fast.anchors import scoring as scoring_module
+from d2o_fast.anchors import shards as shards_module
+from d2o_fast.anchors.build import AnchorStore, build_store, expected_fingerprint
+from d2o_fast.anchors.scoring import reference_logps
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from, tokenize_rows
+from d2o_fast.data.reading import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
-from d2o_fast.identity import weights_digest
-from d2o_fast.locking import locked
-from d2o_fast.models import decoder_of
-from d2o_fast.sampling import sample_responses
-from d2o_fast.scoring import reference_logps
-from d2o_fast.sharing import install
+from d2o_fast.files import locked
+from d2o_fast.forward.batch import Example
+from d2o_fast.forward.sharing import install
+from d2o_fast.model.identity import weights_digest
+from d2o_fast.model.loading import decoder_of
+from d2o_fast.sampling.generate import sample_responses
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 CONFIG = D2OConfig(
@@ -347,7 +347,7 @@ def test_a_score_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
 # --- Kill -9 ---
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["d2o_fast.anchors", "datasets", "peft", "transformers.models.llama.modeling_llama"])
+FORK.set_forkserver_preload(["d2o_fast.anchors.build", "datasets", "peft", "transformers.models.llama.modeling_llama"])
 
 
 def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, counter: Any) -> None:

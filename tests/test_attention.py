@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from d2o_fast.attention import shared_attention
-from d2o_fast.flash import CpuFlash, CudaFlash, choose_kernel
-from d2o_fast.packing import SharedRow, Spans
+from d2o_fast.forward.attention import shared_attention
+from d2o_fast.forward.flash import CpuFlash, CudaFlash, choose_kernel
+from d2o_fast.forward.shared_row import SharedRow, Spans
 from helpers import assert_close, relative_errors
 
 ROWS = {

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2o_fast
 from d2o_fast import fused_d2o_loss, linear_logprob
-from d2o_fast.reference import d2o_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
+from d2o_fast.loss.reference import d2o_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
 from helpers import relative_errors
 from ops_cases import Problem, assert_all_close, problem, run
 
@@ -211,7 +211,7 @@ def test_few_large_chunks(lengths: list[list[int]], rows: int, most: int) -> Non
 
 def test_the_default_workspace_holds_a_real_batch_in_few_chunks() -> None:
     """12 responses of 128 tokens over Llama 3's vocabulary: some hundred tokens to a chunk on a CPU, all on a GPU."""
-    from d2o_fast.ops import WORKSPACE_BYTES
+    from d2o_fast.loss.ops import WORKSPACE_BYTES
 
     chunks = {name: math.ceil(12 * 128 * 4 * 128256 / size) for name, size in WORKSPACE_BYTES.items()}
     assert chunks["cuda"] == 1
@@ -224,7 +224,7 @@ def test_no_wide_copy_of_a_16_bit_weight(dtype: torch.dtype) -> None:
 
     The GPU's products take the operands as they are; the dtypes there are those of ``products.py``.
     """
-    from d2o_fast.torch_path import BLOCK_BYTES
+    from d2o_fast.loss.torch_engine import BLOCK_BYTES
 
     V, H = 64_000, 192
     p = problem([[2, 3]], V=V, H=H)

@@ -21,14 +21,14 @@ from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from d2o_fast import D2OConfig
-from d2o_fast import checkpoint as ckpt
+from d2o_fast.anchors.filters import settings_text
+from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.arguments import parse
 from d2o_fast.cli import main
 from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, fixed, having
-from d2o_fast.data import rows_from
+from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError
-from d2o_fast.filters import settings_text
-from d2o_fast.fingerprint import expected_fingerprint
+from d2o_fast.training import checkpoint as ckpt
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter"}

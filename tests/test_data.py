@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import (
+from d2o_fast.data.reading import (
     Row,
     prompt_key,
     read_rows,

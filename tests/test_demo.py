@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import online, toy
 from d2o_fast.cli import main
-from d2o_fast.data import read_rows
+from d2o_fast.data.reading import read_rows
 from d2o_fast.demo import baselines, run, world
 from d2o_fast.demo.model import build_tokenizer, encode, feedback_pairs
 from d2o_fast.errors import D2OError

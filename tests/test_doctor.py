@@ -13,7 +13,7 @@ import torch
 
 from d2o_fast import doctor
 from d2o_fast.cli import main
-from d2o_fast.ops import choose_engine
+from d2o_fast.loss.ops import choose_engine
 
 
 def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from
-from d2o_fast.dry_run import SHOWN, describe, histogram
+from d2o_fast.data.dry_run import SHOWN, describe, histogram
+from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import DataError
 from tiny import tiny_rows, tiny_tokenizer
 

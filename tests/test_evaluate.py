@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data import rows_from, tokenize_rows
+from d2o_fast.data.reading import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError
-from d2o_fast.evaluate import judge_model, load_judge, prompt_text
+from d2o_fast.training.evaluate import judge_model, load_judge, prompt_text
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 CUT = {"max_length": 32, "max_completion_length": 28, "truncation_mode": "keep_end"}
@@ -28,17 +28,20 @@ def _judge(model, judge, records=None, tokenizer=None, **settings):
 
 
 def test_load_judge_returns_the_function() -> None:
-    assert load_judge("d2o_fast.evaluate:prompt_text") is prompt_text
+    assert load_judge("d2o_fast.training.evaluate:prompt_text") is prompt_text
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("d2o_fast.evaluate", "of the form 'package.module:function'"),
+        ("d2o_fast.training.evaluate", "of the form 'package.module:function'"),
         (":judge", "of the form"),
         ("no_such_package.module:judge", "module 'no_such_package.module' cannot be imported"),
-        ("d2o_fast.evaluate:no_such", "expected a function 'no_such' in d2o_fast.evaluate, found nothing"),
-        ("d2o_fast.evaluate:__doc__", "found a str"),
+        (
+            "d2o_fast.training.evaluate:no_such",
+            "expected a function 'no_such' in d2o_fast.training.evaluate, found nothing",
+        ),
+        ("d2o_fast.training.evaluate:__doc__", "found a str"),
     ],
 )
 def test_load_judge_says_what_is_wrong(name: str, message: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import pytest
 
-from d2o_fast import shards
+from d2o_fast.anchors import shards
+from d2o_fast.anchors.filters import token_overlap
+from d2o_fast.anchors.inspection import export, inspect
 from d2o_fast.cli import main
 from d2o_fast.errors import D2OError
-from d2o_fast.filters import token_overlap
-from d2o_fast.inspect_store import export, inspect
 from test_anchors import CHAT_ROW, build
 from tiny import tiny_rows
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from d2o_fast.anchors import build_store, expected_fingerprint
-from d2o_fast.data import rows_from, tokenize_rows
-from d2o_fast.drawing import draw_seed, instructed
+from d2o_fast.anchors.build import build_store, expected_fingerprint
+from d2o_fast.anchors.drawing import draw_seed, instructed
+from d2o_fast.anchors.inspection import inspect
+from d2o_fast.data.reading import rows_from, tokenize_rows
 from d2o_fast.errors import D2OError, DataError
-from d2o_fast.inspect_store import inspect
-from d2o_fast.sampling import sample_responses
+from d2o_fast.sampling.generate import sample_responses
 from test_anchors import CHAT_ROW, CONFIG, build, contents, naive_logp
 from test_sampling import peaked_model
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer

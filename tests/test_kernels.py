@@ -19,8 +19,8 @@ from d2o_fast.kernels.linear_logprob import (
     linear_logprob_forward,
 )
 from d2o_fast.kernels.logit_grad import ROW_TILES, logit_grad_, logit_stats
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.reference import Margin, d2o_loss, margin_loss, naive_linear_logprob
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.reference import Margin, d2o_loss, margin_loss, naive_linear_logprob
 from helpers import assert_close, poison_empty, relative_errors
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

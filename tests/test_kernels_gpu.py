@@ -11,9 +11,9 @@ from d2o_fast.kernels import linear_logprob as forward_module
 from d2o_fast.kernels.filtered_products import filtered_products
 from d2o_fast.kernels.linear_logprob import linear_logprob_forward
 from d2o_fast.kernels.logit_grad import logit_grad_, logit_stats
-from d2o_fast.layout import ResponseLayout
-from d2o_fast.ops import fused_d2o_loss
-from d2o_fast.reference import d2o_loss, naive_linear_logprob, sequence_logps
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.ops import fused_d2o_loss
+from d2o_fast.loss.reference import d2o_loss, naive_linear_logprob, sequence_logps
 from helpers import assert_close
 
 pytestmark = pytest.mark.gpu

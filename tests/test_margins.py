@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from d2o_fast import Margin, ResponseLayout, fused_d2o_loss, fused_margin_loss
-from d2o_fast.reference import d2o_loss, margin_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
+from d2o_fast.loss.reference import d2o_loss, margin_loss, naive_d2o_loss, naive_linear_logprob, sequence_logps
 from helpers import relative_errors
 from ops_cases import Problem, assert_all_close, problem, run
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from d2o_fast.loss.reference import naive_d2o_loss, naive_linear_logprob
 from helpers import relative_errors
 from ops_cases import Problem, assert_all_close, problem, run
 
@@ -172,7 +172,7 @@ def test_linear_logprob_bf16_logps_are_those_of_fp32() -> None:
 def test_d2o_through_linear_logprob() -> None:
     """The general door and the fused loss give one gradient."""
     from d2o_fast import d2o_loss
-    from d2o_fast.reference import sequence_logps
+    from d2o_fast.loss.reference import sequence_logps
 
     p = problem(MIXED)
 

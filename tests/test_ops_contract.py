@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from d2o_fast.loss.reference import naive_d2o_loss, naive_linear_logprob
 from helpers import poison_empty, relative_errors
 from ops_cases import Problem, assert_all_close, problem, run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2o_fast import fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from d2o_fast.loss.reference import naive_d2o_loss, naive_linear_logprob
 from ops_cases import Problem, assert_all_close, problem, run
 
 CASES = {
@@ -68,7 +68,7 @@ def test_scoring_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("scoring must not build logits")
 
-    monkeypatch.setattr("d2o_fast.triton_path.product_", refuse)
+    monkeypatch.setattr("d2o_fast.loss.triton_engine.product_", refuse)
     with torch.no_grad():
         out = fused_d2o_loss(p.hidden, p.weight, p.targets, p.layout, p.ref_logps, backend="triton", **p.options)
     assert out.path == "triton"
@@ -99,7 +99,7 @@ def test_targets_outside_give_nan_without_a_fault(device: torch.device, monkeypa
     p = replace(p, targets=p.targets.clone(), options={})
     p.targets[1] = 101
     p.targets[4] = -100
-    monkeypatch.setattr("d2o_fast.ops._check_targets", lambda targets, V: None)
+    monkeypatch.setattr("d2o_fast.loss.ops._check_targets", lambda targets, V: None)
     for backend in ("torch", "triton"):
         logps = linear_logprob(p.hidden, p.weight, p.targets, backend=backend)
         assert logps.isnan().nonzero().flatten().tolist() == [1, 4]

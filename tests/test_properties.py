@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
-from d2o_fast.reference import naive_d2o_loss, naive_linear_logprob
+from d2o_fast.loss.reference import naive_d2o_loss, naive_linear_logprob
 from ops_cases import RESULTS, Problem, problem, run
 
 Results = dict[str, torch.Tensor]

@@ -19,12 +19,12 @@ import torch
 import yaml
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors import AnchorStore
-from d2o_fast.checkpoint import checkpoints
+from d2o_fast.anchors.build import AnchorStore
 from d2o_fast.errors import D2OError
-from d2o_fast.metrics import read_log
-from d2o_fast.models import base_of
-from d2o_fast.sampling import sample_responses
+from d2o_fast.model.loading import base_of
+from d2o_fast.sampling.generate import sample_responses
+from d2o_fast.training.checkpoint import checkpoints
+from d2o_fast.training.metrics import read_log
 from stops import Stop, stop_at
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.samplers import chi_square_excess
-from d2o_fast import sampling
 from d2o_fast.errors import D2OError
-from d2o_fast.sampling import sample_responses
+from d2o_fast.sampling import generate as sampling
+from d2o_fast.sampling.generate import sample_responses
 from tiny import VOCAB_SIZE, tiny_model
 
 EOS, PAD = 2, 0

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.equality import MODELS, build, errors, fp64_throughout, logps_and_gradients, single_sequences
-from d2o_fast import sharing
-from d2o_fast.batching import Example, pack, pack_shared, response_hidden
 from d2o_fast.cli import parse
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-from d2o_fast.models import decoder_of
-from d2o_fast.sharing import EAGER, SharingRefused, choose_sharing, install
+from d2o_fast.forward import sharing
+from d2o_fast.forward.batch import Example, pack, pack_shared, response_hidden
+from d2o_fast.forward.sharing import EAGER, SharingRefused, choose_sharing, install
+from d2o_fast.model.loading import decoder_of
 from helpers import relative_errors
 
 EXAMPLES = [

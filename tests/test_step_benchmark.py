@@ -12,7 +12,7 @@ import torch
 from benchmarks import step
 from benchmarks.equality import equality_rows, random_examples
 from benchmarks.step import PROVIDERS, Shape, Workload, measure, step_table
-from d2o_fast.batching import pack
+from d2o_fast.forward.batch import pack
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors import AnchorStore
-from d2o_fast.order import Order
+from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.training.order import Order
 from tiny import save_tiny, tiny_rows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"

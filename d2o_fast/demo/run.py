@@ -24,13 +24,13 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from d2o_fast.config import D2OConfig, checked
-from d2o_fast.data import Row, read_rows
+from d2o_fast.data.reading import Row, read_rows
 from d2o_fast.demo import baselines, world
 from d2o_fast.demo.model import build_tokenizer, feedback_pairs, pretrain
 from d2o_fast.demo.report import DemoResults, MethodResult, Shares, html_report, text_table
 from d2o_fast.errors import D2OError
-from d2o_fast.evaluate import judge_model
-from d2o_fast.metrics import read_log
+from d2o_fast.training.evaluate import judge_model
+from d2o_fast.training.metrics import read_log
 
 Command = Callable[[list[str]], int]  #: the arguments of ``d2o``, its exit status
 

@@ -1,0 +1,1 @@
+"""The responses that hold the model: drawn, filtered, scored once and kept."""

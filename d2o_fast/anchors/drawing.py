@@ -1,0 +1,207 @@
+"""Anchors for rows that have none: responses that the model writes itself, in this process or on a server.
+
+How many of the draws are kept, and which: ``filters.py``. With ``sampling_instruction`` the model reads an instruction
+too while it draws; the anchors then stand behind the bare prompt, as any response.
+
+K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.anchors.filters import AnchorFilter
+from d2o_fast.anchors.scoring import token_logps
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.reading import Row
+from d2o_fast.data.tokens import encode_prompts, tokenize_drawn
+from d2o_fast.errors import D2OError, DataError
+from d2o_fast.forward.batch import Example, pack
+from d2o_fast.model.loading import autocast, base_of, decoder_of, pad_token_id, vocabulary_size
+from d2o_fast.sampling.generate import sample_responses
+from d2o_fast.sampling.protocol import Sampling, ServerPrompt
+from d2o_fast.sampling.server import ServerSampler
+
+logger = logging.getLogger("d2o_fast")
+
+#: How far a server's log-probabilities may lie from the initial model's, in the mean over the tokens of four draws:
+#: this part of their standard deviation from token to token, or so many nats. Roundings stay below (docs/anchors.md).
+OTHER_WEIGHTS, ROUNDING = 0.1, 0.02
+
+PLACE = "{prompt}"  #: where an instruction wants the prompt
+
+#: What decides draws together with ``sampling_seed``: ``(shard,)`` of a store, ``("refresh", step, batch)`` later on.
+Seed = tuple[int | str, ...]
+
+
+class Drawer:
+    """Draws the anchors of one shard at a time, and filters them.
+
+    Raises:
+        D2OError: a server's settings that cannot be right; a scorer that cannot be loaded.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig, stops: Sequence[int]
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.stops = model, tokenizer, config, list(stops)
+        self.pad = pad_token_id(tokenizer)
+        self.server: ServerSampler | None = None
+        self._weights_checked = False
+        if config.server_url is not None:
+            name = config.server_model or config.model_name_or_path
+            self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
+        self.filter = AnchorFilter(tokenizer, config, stops, base_of(model).device)
+
+    def with_anchors(
+        self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]
+    ) -> tuple[list[Example], list[list[str]]]:
+        """The examples, those without anchors with the ones that were drawn for them and kept: K, fewer, or none.
+
+        Of each, too, why the others of its draws were dropped (``filters.REASONS``).
+
+        Raises:
+            D2OError: fewer responses than asked for, a server that cannot be sampled from or serves another model, a
+                score that is not finite.
+        """
+        wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
+        wanted_rows, wanted_examples = [rows[i] for i in wanted], [examples[i] for i in wanted]
+        if self.server is None:
+            drawn = self._drawn_here(seed, wanted_rows, wanted_examples)
+        else:
+            drawn = self._drawn_there(self.server, seed, wanted_rows, wanted_examples)
+        filled, dropped = list(examples), [list[str]() for _ in examples]
+        for i, filtered in zip(wanted, self.filter(wanted_rows, wanted_examples, drawn), strict=True):
+            filled[i], dropped[i] = replace(examples[i], anchor_ids=filtered.anchors), filtered.dropped
+        return filled, dropped
+
+    def _drawn_here(self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]) -> list[list[list[int]]]:
+        config, base = self.config, base_of(self.model)
+        prompts = [example.prompt_ids for example in examples]
+        if config.sampling_instruction is not None:
+            prompts = [ids for _, ids in instructed(rows, self.tokenizer, config)]
+        with autocast(config, base.device):
+            return sample_responses(
+                base,
+                prompts,
+                config.draws,
+                max_new_tokens=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                eos_token_ids=self.stops,
+                pad_token_id=self.pad,
+                seed=draw_seed(config.sampling_seed, *seed),
+            )
+
+    def _drawn_there(
+        self, server: ServerSampler, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]
+    ) -> list[list[list[int]]]:
+        config = self.config
+        if config.sampling_instruction is not None:
+            read = instructed(rows, self.tokenizer, config)
+            prompts = [ServerPrompt(row.prompt, ids, f"{row.source}, row {row.index}") for row, ids in read]
+        else:
+            prompts = list(self._server_prompts(rows, examples))
+        how = Sampling(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            eos_token_ids=tuple(self.stops),
+            seed=(config.sampling_seed, *seed),
+        )
+        if prompts and not self._weights_checked:
+            self._refuse_other_weights(server, prompts[0], how)
+            self._weights_checked = True
+        return tokenize_drawn(rows, server.sample(prompts, config.draws, how), self.tokenizer, config, self.stops)
+
+    def _server_prompts(self, rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[ServerPrompt]:
+        for row, example, whole in zip(rows, examples, encode_prompts(rows, self.tokenizer), strict=True):
+            cut = whole != example.prompt_ids
+            place = f"{row.source}, row {row.index}" + (", cut to max_length and so sent as token ids" if cut else "")
+            yield ServerPrompt(example.prompt_ids if cut else row.prompt, example.prompt_ids, place)
+
+    def _refuse_other_weights(self, server: ServerSampler, prompt: ServerPrompt, how: Sampling) -> None:
+        """Compares the server's log-probabilities of four draws with the initial model's, if it tells them.
+
+        Raises:
+            D2OError: they are another model's.
+        """
+        draws = server.scored(prompt, how)
+        if not draws:
+            logger.info("%s tells no log-probabilities of tokens: its weights are not checked", server.url)
+            return
+        other = f"{server.url} serves another model than the initial one as '{server.model}'"
+        largest, size = max(token for draw in draws for token in draw.token_ids or ()), vocabulary_size(self.model)
+        if largest >= size:
+            raise D2OError(f"{other}: it drew the token {largest} of {size}. Serve model_name_or_path itself")
+        first, *others = [list(draw.token_ids or ()) for draw in draws]
+        batch = pack([Example(prompt.token_ids, first, others, [])], self.pad).to(base_of(self.model).device)
+        here = token_logps(decoder_of(self.model), self.model, batch, self.config).tolist()
+        there = [logp for draw in draws for logp in draw.logps or ()]
+        apart = statistics.fmean(abs(a - b) for a, b in zip(here, there, strict=True))
+        limit = max(OTHER_WEIGHTS * statistics.pstdev(here), ROUNDING)
+        found = f"{len(here)} tokens have log-probabilities {apart:.2g} nats from ours on average, and {limit:.2g}"
+        logger.info("%s: %s would be too far", server.url, found)
+        if not apart <= limit:
+            raise D2OError(f"{other}: {found} is the most. Serve model_name_or_path itself")
+
+
+def instructed(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig
+) -> Iterator[tuple[Row, list[int]]]:
+    """Each row with ``config.sampling_instruction`` around its prompt, and the token ids of that prompt.
+
+    Raises:
+        DataError: a prompt that the instruction cannot be put around, or that would have to be cut.
+    """
+    limit = config.max_length - config.max_completion_length
+    wrapped = [_wrapped(row, str(config.sampling_instruction)) for row in rows]
+    encoded = encode_prompts(wrapped, tokenizer)
+    for row, instructed_row, bare in zip(rows, wrapped, encode_prompts(rows, tokenizer), strict=True):
+        try:
+            ids = next(encoded)
+        except DataError as error:
+            found = f"with sampling_instruction {error.found}"
+            fix = f"If the template has no system role, put {PLACE} into the instruction: it then goes to the user"
+            raise DataError(row.source, row.index, "prompt", found, fix) from error
+        if ids == bare:
+            found = "the chat template leaves sampling_instruction out"
+            fix = f"Put {PLACE} into the instruction: it then goes into the user's message"
+            raise DataError(row.source, row.index, "prompt", found, fix)
+        if len(ids) > limit:
+            found = f"with sampling_instruction it has {len(ids)} tokens, and max_length would cut it to {limit}"
+            raise DataError(row.source, row.index, "prompt", found, "Raise max_length, or shorten one of the two")
+        yield instructed_row, ids
+
+
+def _wrapped(row: Row, instruction: str) -> Row:
+    if isinstance(row.prompt, str):
+        if PLACE not in instruction:
+            found = f"a plain text, and sampling_instruction has no {PLACE} where it could stand"
+            raise DataError(row.source, row.index, "prompt", found, f"Put {PLACE} into sampling_instruction")
+        return replace(row, prompt=instruction.replace(PLACE, row.prompt))
+    messages = list(row.prompt)
+    if PLACE in instruction:
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not asked:
+            found = f"no message of the user that could stand at sampling_instruction's {PLACE}"
+            raise DataError(row.source, row.index, "prompt", found, f"Leave {PLACE} out: it is then a system message")
+        content = instruction.replace(PLACE, messages[asked[-1]]["content"])
+        messages[asked[-1]] = {**messages[asked[-1]], "content": content}
+    elif messages[0]["role"] in ("system", "developer"):
+        messages[0] = {**messages[0], "content": f"{instruction}\n\n{messages[0]['content']}"}
+    else:
+        messages.insert(0, {"role": "system", "content": instruction})
+    return replace(row, prompt=messages)
+
+
+def draw_seed(*parts: int | str) -> int:
+    """56 bits of a hash, since neighbouring seeds of neighbouring runs must not share shards."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")

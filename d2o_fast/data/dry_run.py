@@ -1,0 +1,99 @@
+"""What ``d2o sample --dry-run`` prints: what was understood of the data. No model is loaded and nothing is written."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.on_disk import Digests
+from d2o_fast.data.reading import Row, prompt_key
+from d2o_fast.data.tokens import cut_prompt, encode_rows
+
+BAR = 40  #: characters of a histogram's longest bar
+SHOWN = 400  #: characters that an example shows of a prompt and of a negative
+
+
+def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) -> str:
+    """Counts, lengths in tokens, what would be cut or refused, and three examples with the region of the loss marked.
+
+    Raises:
+        DataError: a row that sampling would refuse for anything but its length.
+    """
+    limit, most = config.max_length - config.max_completion_length, config.max_completion_length
+    prompts, negatives, anchors = Counter[int](), Counter[int](), Counter[int]()
+    given, distinct, first_refused = 0, Digests(), ""
+    shown, examples = {0, len(rows) // 2, len(rows) - 1}, list[str]()
+    for i, (row, (prompt_ids, responses, _)) in enumerate(zip(rows, encode_rows(rows, tokenizer), strict=True)):
+        prompts[len(prompt_ids)] += 1
+        negatives[len(responses[0])] += 1
+        anchors.update(map(len, responses[1:]))
+        given += row.anchors is not None
+        distinct.add(prompt_key(row))
+        if len(prompt_ids) > config.max_length:
+            first_refused = first_refused or f"{row.source}, row {row.index}"
+        if i in shown:
+            prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
+            examples += _example(row, prompt_ids, responses[0][:most], tokenizer)
+    refused = _above(config.max_length, prompts)
+    side = "start" if config.truncation_mode == "keep_end" else "end"
+    lines = [
+        f"{name}: {len(rows)} negatives of {distinct.distinct()} prompts; {(len(rows) - given) * config.draws} anchors "
+        f"to draw, {anchors.total()} given with {given} rows",
+        *histogram("tokens of a prompt", prompts),
+        *histogram("tokens of a negative, its end included", negatives),
+        *(histogram("tokens of a given anchor, its end included", anchors) if anchors else []),
+        f"would be cut: {_above(limit, prompts)} prompts lose their {side} (at {limit} tokens), "
+        f"{_above(most, negatives)} negatives and {_above(most, anchors)} given anchors lose their end (at {most})",
+    ]
+    if refused:
+        lines.append(
+            f"would be refused: {refused} prompts of more than max_length = {config.max_length} tokens; the first is "
+            f"{first_refused}"
+        )
+    return "\n".join([*lines, "examples; the loss is on what stands between ⟦ and ⟧:", *examples])
+
+
+def _example(row: Row, prompt_ids: list[int], negative_ids: list[int], tokenizer: Any) -> list[str]:
+    prompt = tokenizer.decode(prompt_ids)
+    full = tokenizer.decode([*prompt_ids, *negative_ids])  # together: some tokenizers drop a text's first space
+    negative = full[len(prompt) :] if full.startswith(prompt) else tokenizer.decode(negative_ids)
+    if len(prompt) > SHOWN:
+        prompt = "..." + prompt[-SHOWN:]
+    if len(negative) > SHOWN:
+        negative = negative[:SHOWN] + "..."
+    text = f"{prompt}⟦{negative}⟧".replace("\n", "\n    ")
+    return [f"  {row.source}, row {row.index}:", f"    {text}"]
+
+
+def histogram(title: str, lengths: Counter[int]) -> list[str]:
+    """Range, median and mean, and a bar for each power of two: one line each.
+
+    Args:
+        lengths: how often each length occurs; at least one does.
+    """
+    low, high = min(lengths), max(lengths)
+    mean = sum(length * count for length, count in lengths.items()) / lengths.total()
+    counts = Counter[int]()
+    for length, count in lengths.items():
+        counts[length.bit_length()] += count
+    lines = [f"{title}: {low} to {high}, median {_median(lengths):g}, mean {mean:.1f}"]
+    for bits in range(low.bit_length(), high.bit_length() + 1):
+        first, last = max(low, 1 << bits >> 1), min(high, (1 << bits) - 1)
+        bar = "#" * -(-counts[bits] * BAR // max(counts.values()))
+        lines.append(f"  {first:>6} - {last:<6} {counts[bits]:>8} {bar}".rstrip())
+    return lines
+
+
+def _median(lengths: Counter[int]) -> float:
+    ordered = sorted(lengths)
+    upto = list(accumulate(lengths[length] for length in ordered))
+    middle = ((upto[-1] - 1) // 2, upto[-1] // 2)  # the same one if the number is odd
+    return sum(ordered[bisect_right(upto, place)] for place in middle) / 2
+
+
+def _above(limit: int, lengths: Counter[int]) -> int:
+    return sum(count for length, count in lengths.items() if length > limit)

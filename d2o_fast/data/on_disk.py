@@ -1,0 +1,193 @@
+"""Rows on the disk, so that memory does not grow with the data, and what is asked of all rows at once.
+
+In memory stay 12 bytes a row (where it lies), and 16 more while rows are compared with each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar, overload
+
+import numpy as np
+
+from d2o_fast.data.formats import Row
+from d2o_fast.errors import D2OError, DataError
+
+Item = TypeVar("Item", covariant=True)
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_canonical = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
+class LazySequence(Sequence[Item]):
+    """A sequence whose items are read when they are asked for. A slice is a list; equal is what has the same items.
+
+    Those who derive from it give ``__len__`` and ``_read``.
+    """
+
+    @abstractmethod
+    def _read(self, i: int) -> Item:
+        """The item at ``i``, from 0 to ``len(self) - 1``."""
+
+    @overload
+    def __getitem__(self, i: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Item]: ...
+
+    def __getitem__(self, i: int | slice) -> Item | list[Item]:
+        places = range(len(self))[i]  # knows negative indices, and raises IndexError
+        return self._read(places) if isinstance(places, int) else [self._read(place) for place in places]
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._read, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class RowFile(LazySequence[Row]):
+    """Rows in a temporary file without a name, which goes with the process however that ends.
+
+    It lies where ``TMPDIR`` says and takes about as much room as the data do as JSON Lines.
+    """
+
+    def __init__(self) -> None:
+        self._file = _TemporaryFile()
+        self._starts, self._sizes = array("Q"), array("I")
+
+    def append(self, row: Row) -> None:
+        """Puts a row at the end.
+
+        Raises:
+            DataError: a message holds what JSON cannot (a date, bytes).
+            D2OError: there is no room for it.
+        """
+        try:
+            text = _compact([row.prompt, row.rejected, row.anchors, row.source, row.index])
+        except TypeError as error:
+            found = f"a message holds what is no JSON ({error})"
+            raise DataError(row.source, row.index, None, found, "Make it a string, or leave it out") from error
+        data = text.encode("utf-8", "surrogatepass")
+        self._starts.append(self._file.append(data))
+        self._sizes.append(len(data))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _read(self, i: int) -> Row:
+        data = self._file.read(self._starts[i], self._sizes[i])
+        return Row(*json.loads(data.decode("utf-8", "surrogatepass")))
+
+
+class Part(LazySequence[Item]):
+    """The items of another sequence at ``places``, in that order."""
+
+    def __init__(self, whole: Sequence[Item], places: Sequence[int]) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _read(self, i: int) -> Item:
+        return self._whole[self._places[i]]
+
+
+def taken(items: Sequence[Item], places: Sequence[int]) -> Sequence[Item]:
+    """The items at ``places``: of a list a list, of what is read from the disk a part that is."""
+    return Part(items, places) if isinstance(items, LazySequence) else [items[i] for i in places]
+
+
+class _TemporaryFile:
+    """Bytes put to the end of a nameless file and read from any place."""
+
+    def __init__(self) -> None:
+        with _room():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as rows are read from it)
+        weakref.finalize(self, self._file.close)
+        self._end, self._flushed = 0, 0
+
+    def append(self, data: bytes) -> int:
+        """Where it lies now."""
+        start = self._end
+        with _room():
+            self._file.write(data)
+        self._end += len(data)
+        return start
+
+    def read(self, start: int, size: int) -> bytes:
+        if self._flushed < start + size:
+            with _room():
+                self._file.flush()
+            self._flushed = self._end
+        return os.pread(self._file.fileno(), size, start)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = tempfile.tempdir or "the folder for temporary files"
+        raise D2OError(
+            f"the rows cannot be written to {place} ({error.strerror}); make room there, or let TMPDIR name a folder "
+            "that has it"
+        ) from error
+
+
+class Digests:
+    """Texts compared with each other without keeping them: by 16 bytes of each."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._bytes = bytearray()
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        self._bytes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+    def distinct(self) -> int:
+        """How many different texts there are."""
+        ordered = np.sort(self._array())
+        return len(ordered) - int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+
+    def shared_with(self, other: Digests) -> int:
+        """How many different texts are in both."""
+        return len(np.intersect1d(self._array(), other._array()))
+
+    def repeats(self) -> tuple[np.ndarray, int | None]:
+        """Places of texts that stand at an earlier place too, in order; and where the first of them stood before."""
+        digests = self._array()
+        order = np.argsort(digests, kind="stable")
+        ordered = digests[order]
+        places = np.sort(order[1:][ordered[1:] == ordered[:-1]])
+        return places, int(np.argmax(digests == digests[places[0]])) if len(places) else None
+
+    def _array(self) -> np.ndarray:
+        return np.frombuffer(self._bytes, dtype="S16")
+
+
+def row_key(row: Row) -> str:
+    """The same for rows with the same prompt, negative and anchors."""
+    return _canonical([row.prompt, row.rejected, row.anchors])
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """SHA-256 (32 digits of it) over prompt, negative and anchors of every row, in order: of their JSON as one list."""
+    digest = hashlib.sha256()
+    for i, row in enumerate(rows):
+        digest.update(((", " if i else "[") + row_key(row)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:32]

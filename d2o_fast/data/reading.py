@@ -1,0 +1,259 @@
+"""Negatives from files, the Hugging Face hub or memory, read and checked row by row.
+
+What the columns may be: ``columns.py``; where rows are kept: ``rows.py``; token ids: ``tokens.py``.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from d2o_fast.data.formats import USED, Form, Row, form_of, kind
+from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, row_key, taken
+from d2o_fast.data.tokens import shortened, stop_token_ids, tokenize_rows
+from d2o_fast.errors import DataError
+
+__all__ = [
+    "Row",
+    "Source",
+    "prompt_key",
+    "read_rows",
+    "read_sources",
+    "rows_from",
+    "split_by_prompt",
+    "stop_token_ids",
+    "tokenize_rows",
+    "without_duplicates",
+]
+
+logger = logging.getLogger("d2o_fast")
+
+_EXTENSIONS = (".jsonl", ".json", ".parquet")
+_BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
+_BATCH = 256  # rows of a Parquet file that are in memory at a time
+_BUFFER = 1 << 20  # bytes of each of its columns
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found under one name: ``count`` records, read as ``columns``, that hold the negatives ``rows``."""
+
+    name: str
+    columns: str
+    unused: list[str]  #: columns of the first record
+    count: int
+    rows: Sequence[Row]
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
+    """The negatives in ``name``: a .jsonl, .json or .parquet file, or the split of a data set on the Hugging Face hub.
+
+    ``name`` may be a pattern (``data/*.jsonl``) or a list of names, which are read one after the other. A row with the
+    prompt and negative (and anchors) of an earlier row is left out, and the log says how many were. Rows are read and
+    checked one by one and lie in a temporary file until they are used; a .json file that is one list is parsed whole.
+
+    Raises:
+        DataError: the first fault found, with its place.
+        D2OError: no room for the temporary file.
+    """
+    rows = RowFile()
+    read_sources(name, split, rows)
+    return without_duplicates(rows)
+
+
+def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile | None = None) -> list[Source]:
+    """What stands under each of the names that ``name`` means, in order, duplicates included.
+
+    Args:
+        rows: where all rows are put, one source after the other; a file of its own if not given.
+
+    Raises:
+        DataError: the first fault found, with its place; a pattern that fits no file; a name given twice.
+    """
+    names = [each for given in ([name] if isinstance(name, str) else name) for each in _matching(given)]
+    if not names:
+        raise DataError("dataset_name", None, None, "an empty list", "Give at least one file or name on the hub")
+    for i, each in enumerate(names):
+        if each in names[:i]:
+            raise DataError(each, None, None, "named twice in dataset_name", "Name each file once")
+    rows = RowFile() if rows is None else rows
+    return [_read_source(each, split, rows) for each in names]
+
+
+def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
+    """The first of each set of equal rows: the same prompt, negative and anchors. Logs how many were left out."""
+    repeats, before = Digests(map(row_key, rows)).repeats()
+    if before is None:
+        return rows
+    row, first = rows[repeats[0]], rows[before]
+    example = f"{row.source}, row {row.index} repeats {first.source}, row {first.index}"
+    logger.info("%d of %d negatives left out as duplicates (%s)", len(repeats), len(rows), example)
+    kept = np.delete(np.arange(len(rows), dtype=np.uint64), repeats)
+    return taken(rows, array("Q", kept.tobytes()))
+
+
+def _matching(name: str) -> list[str]:
+    path = os.path.expanduser(name)
+    if not glob.has_magic(path) or os.path.exists(path):
+        return [name]
+    found = sorted(glob.glob(path, recursive=True))
+    if not found:
+        raise DataError(name, None, None, "no file fits this pattern", "Check dataset_name")
+    return found
+
+
+def _read_source(name: str, split: str, rows: RowFile) -> Source:
+    path, extension = os.path.expanduser(name), os.path.splitext(name)[1].lower()
+    if extension not in _EXTENSIONS and os.path.isfile(path):
+        raise DataError(name, None, None, f"unknown file type '{extension}'", f"Give one of {', '.join(_EXTENSIONS)}")
+    if extension in _EXTENSIONS or name.startswith((".", "/", "~")):
+        if not os.path.exists(path):
+            raise DataError(name, None, None, "no such file", "Check dataset_name")
+        if os.path.isfile(path):
+            return _source(_read_parquet(path) if extension == ".parquet" else _read_json(path), name, rows)
+    import datasets  # slow to import, and only needed for names on the hub
+
+    try:
+        records = datasets.load_dataset(path if os.path.isdir(path) else name, split=split)
+    except Exception as error:  # whatever the hub, a script or a broken file raises: the cause stays attached
+        found = f"datasets cannot load split '{split}' ({type(error).__name__}: {shortened(str(error), 300)})"
+        raise DataError(name, None, None, found, "Check dataset_name, dataset_split and the network") from error
+    return _source(_numbered(records, name), name, rows)
+
+
+def rows_from(records: Any, source: str = "train_dataset") -> Sequence[Row]:
+    """The negatives in a list of dicts or a ``datasets.Dataset``, duplicates included; ``Row``s are passed through.
+
+    Those of a list are a list; those of a data set, which has its records on the disk, stay there (``RowFile``).
+
+    Raises:
+        DataError: as ``read_rows``; ``source`` is the name that its message gives to the data.
+    """
+    if isinstance(records, LazySequence) and records and isinstance(records[0], Row):
+        return records
+    if isinstance(records, list) and records and all(isinstance(record, Row) for record in records):
+        return list(records)
+    return _source(_numbered(records, source), source, [] if isinstance(records, list) else RowFile()).rows
+
+
+def _numbered(records: Any, source: str) -> Iterator[tuple[int, Any]]:
+    if hasattr(records, "keys"):  # a DatasetDict, or the columns of a table
+        found = f"a {type(records).__name__} with the keys {', '.join(map(str, records))}"
+        raise DataError(source, None, None, found, "Choose one split, or pass a list with one dict per row")
+    if isinstance(records, str | bytes) or not hasattr(records, "__len__"):
+        raise DataError(source, None, None, kind(records), "Pass a list of dicts or a datasets.Dataset")
+    yield from enumerate(records, start=1)
+
+
+def _read_json(path: str) -> Iterator[tuple[int, Any]]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1 << 12).removeprefix(_BOM).lstrip()
+            file.seek(0)
+            if path.lower().endswith(".json") and start.startswith(b"["):
+                yield from enumerate(_parse(file.read().removeprefix(_BOM), path, None), start=1)
+                return
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(_BOM).rstrip()
+                if line:
+                    yield number, _parse(line, path, number)
+    except OSError as error:
+        raise DataError(path, None, None, f"cannot be read ({error.strerror})", "Check its permissions") from error
+
+
+def _parse(data: bytes, path: str, row: int | None) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(path, row, None, f"not UTF-8 (byte {error.start})", "Save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if row is not None else f"line {error.lineno}, column {error.colno}"
+        fix = "Write one JSON object per line" if row is not None else "Write one list of JSON objects"
+        raise DataError(path, row, None, f"not valid JSON ({error.msg}, {place})", fix) from error
+
+
+def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except (OSError, pyarrow.ArrowException) as error:
+        found = f"not readable as Parquet ({shortened(str(error), 200)})"
+        raise DataError(path, None, None, found, "Write the file again") from error
+
+
+def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
+    """Puts the negatives of ``records`` to the end of ``rows``."""
+    count, first, unused = 0, len(rows), list[str]()
+    form: Form | None = None
+    for index, record in records:
+        count += 1
+        if not isinstance(record, dict):
+            raise DataError(source, index, None, f"found {kind(record)}", "Each row must be an object with columns")
+        if form is None:
+            form = form_of(record, source, index)
+            unused = sorted(set(record) - USED[form])
+        for row in form(record, source, index):
+            rows.append(row)
+    if count == 0:
+        raise DataError(source, None, None, "no rows", "Give at least one prompt with its negative")
+    assert form is not None
+    if len(rows) == first:
+        flags = "label = false" if "label" in USED[form] else "is_response_0_safe or is_response_1_safe = false"
+        fix = f"D2O learns from negatives: at least one row must have {flags}"
+        raise DataError(source, None, None, f"none of {count} rows holds a negative", fix)
+    columns = form.__doc__ or ""
+    logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows) - first, columns)
+    if unused:
+        logger.info("%s: columns that are not used: %s", source, ", ".join(unused))
+    return Source(source, columns, unused, count, taken(rows, range(first, len(rows))))
+
+
+# --- Splitting ---------------------------------------------------------------------------------------------------
+
+
+def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(train, eval): about ``fraction`` of the prompts held out, chosen by a hash of the prompt.
+
+    A prompt is never on both sides, written as a string or as the user's only message, and it stays on its side when
+    rows are added or reordered.
+
+    Raises:
+        DataError: a fraction above 0 that leaves one side without rows.
+    """
+    train, held_out = array("Q"), array("Q")
+    for i, row in enumerate(rows):
+        digest = hashlib.sha256(prompt_key(row).encode()).digest()
+        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(i)
+    if fraction > 0 and not (train and held_out):
+        side = "training" if not train else "evaluation"
+        prompts = Digests(map(prompt_key, rows)).distinct()
+        found = f"eval_fraction {fraction} of {prompts} prompts leaves no row for {side}"
+        raise DataError(rows[0].source if rows else "rows", None, None, found, "Choose another share or add prompts")
+    return taken(rows, train), taken(rows, held_out)
+
+
+def prompt_key(row: Row) -> str:
+    """The same for rows whose prompts ask the same: a lone message of the user is its content."""
+    prompt = row.prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        prompt = prompt[0]["content"]
+    return json.dumps(prompt, sort_keys=True)

@@ -1,0 +1,1 @@
+"""Token ids in, hidden states out, with each prompt read once."""

@@ -1,0 +1,216 @@
+"""Several prompts and all their responses as one row, each prompt once, and micro-batches under a token budget.
+
+    [ p_0 | p_1 | ... | r_00 .. r_0K | r_10 .. r_1K | ... ]
+
+Prompts stand first, so that both halves of the attention (``attention.py``) read contiguous slices of the row. Every
+length is known on the host; the offsets that kernels need are copied to the device without waiting for it.
+
+Shapes: T tokens of a row, TP of them prompts', G prompts, S responses, R tokens of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import torch
+
+from d2o_fast.loss.layout import on_device
+from d2o_fast.loss.matmul import wide_dtype
+
+Item = TypeVar("Item")
+Slice = tuple[int, int]
+
+
+class Spans:
+    """Segments of queries and the keys that each of them reads, as FlashAttention's varlen calls take them.
+
+    ``cu_q``, ``cu_k``: offsets into the query and key rows, one more than there are segments; ``max_q``, ``max_k``: the
+    longest segment of each. No segment may be empty: FlashAttention's log-sum-exp of one is infinite.
+    """
+
+    def __init__(self, lengths_q: Sequence[int], lengths_k: Sequence[int]) -> None:
+        if min(lengths_q) < 1 or min(lengths_k) < 1:
+            raise ValueError(f"an empty segment among {list(lengths_q)} (queries) or {list(lengths_k)} (keys)")
+        self.cu_q: tuple[int, ...] = tuple(accumulate(lengths_q, initial=0))
+        self.cu_k: tuple[int, ...] = tuple(accumulate(lengths_k, initial=0))
+        self.max_q, self.max_k = max(lengths_q), max(lengths_k)
+        self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def tensor(self, name: str, device: torch.device) -> torch.Tensor:
+        """``cu_q`` or ``cu_k`` as int32 on ``device``, copied once and without waiting."""
+        if (name, device) not in self._tensors:
+            self._tensors[name, device] = on_device(torch.tensor(getattr(self, name), dtype=torch.int32), device)
+        return self._tensors[name, device]
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int, int, int]]:
+        """Neighbours of equal lengths together: (segments, first query, its length, first key, its length)."""
+        found: list[tuple[int, int, int, int, int]] = []
+        for (q0, q1), (k0, k1) in zip(pairwise(self.cu_q), pairwise(self.cu_k), strict=True):
+            if found and found[-1][2] == q1 - q0 and found[-1][4] == k1 - k0:
+                count, first_q, length_q, first_k, length_k = found[-1]
+                found[-1] = (count + 1, first_q, length_q, first_k, length_k)
+            else:
+                found.append((1, q0, q1 - q0, k0, k1 - k0))
+        return found
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """Where the prompts and their responses lie in one row.
+
+    Args:
+        prompts: tokens of each prompt, (G,).
+        responses: tokens of each response of each prompt, in the row's order.
+        seen: filled by every attention call if it is a list; for the check before the first use (``sharing.py``).
+
+    Raises:
+        ValueError: an empty prompt or response, or a prompt without responses.
+    """
+
+    prompts: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    seen: list[Any] | None = None
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.responses) or not all(self.responses):
+            raise ValueError(f"{len(self.prompts)} prompts with {[len(r) for r in self.responses]} responses")
+
+    @cached_property
+    def num_prompt_tokens(self) -> int:
+        """TP: how many tokens at the row's beginning are prompts'."""
+        return sum(self.prompts)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt + response."""
+        return max(prompt + max(responses) for prompt, responses in zip(self.prompts, self.responses, strict=True))
+
+    @cached_property
+    def own(self) -> Spans:
+        """Every prompt and every response on itself."""
+        lengths = [*self.prompts, *(length for responses in self.responses for length in responses)]
+        return Spans(lengths, lengths)
+
+    @cached_property
+    def cross(self) -> Spans:
+        """All responses of a prompt (queries from TP on) on their prompt (the first TP keys)."""
+        return Spans([sum(responses) for responses in self.responses], self.prompts)
+
+    @cached_property
+    def segments(self) -> list[tuple[Slice, Slice | None]]:
+        """(tokens of a prompt or response, tokens of the prompt before a response) in the row's order."""
+        prompts = list(pairwise(accumulate(self.prompts, initial=0)))
+        found: list[tuple[Slice, Slice | None]] = [(prompt, None) for prompt in prompts]
+        start = self.num_prompt_tokens
+        for prompt, responses in zip(prompts, self.responses, strict=True):
+            for length in responses:
+                found.append(((start, start + length), prompt))
+                start += length
+        return found
+
+    def gathered(self, window: int | None) -> tuple[list[Slice], Spans]:
+        """The keys that each segment reads, laid out for it alone: the end of its prompt, then itself.
+
+        A query sees the ``window`` last positions up to its own (all of them if None), so of the prompt the last
+        ``window - 1`` tokens do. Returns the slices of the row that make up the keys, and the segments over them.
+        """
+        if window not in self._cache:
+            pieces: list[Slice] = []
+            lengths_q, lengths_k = [], []
+            for (start, end), prompt in self.segments:
+                before = 0
+                if prompt is not None and window != 1:
+                    first = prompt[0] if window is None else max(prompt[0], prompt[1] - window + 1)
+                    before = prompt[1] - first
+                    pieces.append((first, prompt[1]))
+                pieces.append((start, end))
+                lengths_q.append(end - start)
+                lengths_k.append(before + end - start)
+            self._cache[window] = pieces, Spans(lengths_q, lengths_k)
+        return self._cache[window]
+
+    def position_ids(self) -> torch.Tensor:
+        """(T,) int64: a response goes on where its prompt ends."""
+        starts = [0 if prompt is None else prompt[1] - prompt[0] for _, prompt in self.segments]
+        parts = [torch.arange(start, start + b - a) for start, ((a, b), _) in zip(starts, self.segments, strict=True)]
+        return torch.cat(parts)
+
+    def predicting(self) -> list[Slice]:
+        """Slices of the row that predict the response tokens, in order.
+
+        The first token of every response is predicted by the last one of its prompt, which is there once for all.
+        """
+        pieces: list[Slice] = []
+        for (start, end), prompt in self.segments:
+            if prompt is not None:
+                pieces.append((prompt[1] - 1, prompt[1]))
+                if end - start > 1:
+                    pieces.append((start, end - 1))
+        return pieces
+
+
+def slices_index(pieces: Sequence[Slice]) -> torch.Tensor:
+    """The rows in ``pieces`` as one int64 index."""
+    return torch.cat([torch.arange(start, end) for start, end in pieces])
+
+
+class _TakeRows(torch.autograd.Function):
+    """``x[index]``, whose rows may repeat. dx[i] is the sum of the gradients of all copies of row i, in their order.
+
+    Autograd's own backward of an index adds with atomics on CUDA, in another order on every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, pieces: Sequence[Slice]) -> torch.Tensor:
+        ctx.shape, ctx.pieces = x.shape, pieces
+        return x.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total, at = grad.new_zeros(ctx.shape, dtype=wide_dtype(grad.dtype)), 0
+        for start, end in ctx.pieces:
+            total[start:end] += grad[at : at + end - start]
+            at += end - start
+        return total.to(grad.dtype), None, None
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor, pieces: Sequence[Slice]) -> torch.Tensor:
+    """Rows of ``x`` (T, ...) by ``pieces``, of which ``index`` is the ``slices_index`` on x's device."""
+    return _TakeRows.apply(x, index, pieces)
+
+
+def micro_batches(
+    items: Sequence[Item], length: Callable[[Item], int], cost: Callable[[Sequence[Item]], int], budget: int
+) -> list[list[Item]]:
+    """``items`` in as few batches of neighbours in length as ``budget`` allows, and these as even as they can be.
+
+    A function of its arguments alone. Each batch costs at most ``budget``, unless it is a single item.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    batches = _fill(ordered, cost, budget)
+    # The smallest limit that needs no more batches: the last one is then not a small rest.
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(ordered, cost, middle)) > len(batches):
+            low = middle + 1
+        else:
+            high = middle
+    return _fill(ordered, cost, high)
+
+
+def _fill(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], limit: int) -> list[list[Item]]:
+    batches: list[list[Item]] = []
+    for item in items:
+        if batches and cost([*batches[-1], item]) <= limit:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches

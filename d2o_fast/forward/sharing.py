@@ -1,0 +1,297 @@
+"""One pass over a prompt for all its responses, inside unmodified models of transformers, and the proof of exactness.
+
+transformers looks the attention function up by name at every call. ``install`` puts an entry of ours under the name
+that the model uses, once and for good: without a ``SharedRow`` in the call it hands everything on to the original,
+with one it computes ``shared_attention``. (An entry that came and went around the forward would be gone when activation
+checkpointing recomputes a layer.)
+
+Not every model can be served so. Some ignore the entry, some carry a state from one token to the next past it, some
+drop its arguments. None of them says so, hence ``verify`` before the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.errors import D2OError
+from d2o_fast.forward.attention import shared_attention
+from d2o_fast.forward.batch import Example, PackedBatch, pack, pack_shared, response_hidden, shared_arguments
+from d2o_fast.forward.flash import choose_kernel
+from d2o_fast.forward.shared_row import SharedRow
+from d2o_fast.loss.ops import linear_logprob
+from d2o_fast.model.loading import autocast, base_of, head_of
+from d2o_fast.sampling.generate import evaluating
+
+logger = logging.getLogger("d2o_fast")
+
+#: "eager" is no entry of transformers' table: every model file brings its own. Models under it get this name instead.
+EAGER = "d2o_eager"
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}  # tensors in a call that change nothing in it
+_said: set[str] = set()
+
+
+class SharingRefused(D2OError):
+    """Why one pass per prompt would not be exact for this model."""
+
+
+class Sharing(NamedTuple):
+    """Whether prompts are shared, and in words which attention runs, or why not."""
+
+    on: bool
+    text: str
+
+
+def choose_sharing(
+    model: nn.Module,
+    decoder: nn.Module,
+    examples: Sequence[Example],
+    config: D2OConfig,
+    pad: int,
+    training: bool = False,
+) -> Sharing:
+    """Whether each prompt can be read once for all its responses. What was found is logged, the same words once.
+
+    Args:
+        examples: the first one serves for the comparison.
+        training: in training mode, where dropout would be shared too.
+
+    Raises:
+        D2OError: it cannot, but ``config.shared_prefix`` is true.
+    """
+    base = base_of(model)
+    plain = f"one row per response ({base.config._attn_implementation})"
+    if config.shared_prefix is False:
+        return _say(Sharing(False, f"{plain}, as shared_prefix is false"))
+    previous = base.config._attn_implementation
+    try:
+        kernels = verify(model, decoder, examples[:1], config, pad, training)
+    except SharingRefused as refusal:
+        if previous == "eager":
+            base.set_attn_implementation(previous)
+        reason = f"prompts cannot be shared by {type(base).__name__}: {refusal}"
+        if config.shared_prefix is True:
+            raise D2OError(f"shared_prefix is true, but {reason}. Set it to auto or false") from refusal
+        return _say(Sharing(False, f"{plain}; {reason}"))
+    return _say(Sharing(True, f"one pass per prompt ({', '.join(kernels)})"))
+
+
+def _say(sharing: Sharing) -> Sharing:
+    if sharing.text not in _said:
+        _said.add(sharing.text)
+        logger.log(logging.INFO if sharing.on else logging.WARNING, "attention: %s", sharing.text)
+    return sharing
+
+
+# --- The entry in transformers' table --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call that a watched row has seen."""
+
+    module: nn.Module
+    window: int | None
+    how: str
+
+
+def install(model: nn.Module) -> None:
+    """Puts our entry under the name of the model's attention; done before, nothing happens.
+
+    Raises:
+        SharingRefused: an implementation that is neither in transformers' table nor "eager".
+    """
+    base = base_of(model)
+    name = base.config._attn_implementation
+    if name == "eager":
+        if EAGER not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(EAGER, _entry(_eager, "eager"))
+            AttentionMaskInterface.register(EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        base.set_attn_implementation(EAGER)
+        if base.config._attn_implementation != EAGER:
+            raise SharingRefused("it takes no attention but its own")
+    elif name not in ALL_ATTENTION_FUNCTIONS:
+        raise SharingRefused(f"its attention '{name}' is not in transformers' AttentionInterface")
+    elif not hasattr(ALL_ATTENTION_FUNCTIONS[name], "d2o_original"):
+        AttentionInterface.register(name, _entry(ALL_ATTENTION_FUNCTIONS[name], name))
+
+
+def _entry(original: Callable[..., Any], implementation: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def attention(module: nn.Module, *args: Any, shared_row: SharedRow | None = None, **kwargs: Any) -> Any:
+        if shared_row is None:
+            return original(module, *args, **kwargs)
+        return _call(module, *args, row=shared_row, implementation=implementation, **kwargs), None
+
+    attention.d2o_original = original  # type: ignore[attr-defined]
+    return attention
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def _call(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    row: SharedRow,
+    implementation: str,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """(1, T, A, D) from transformers' (1, A, T, D) queries and (1, B, T, D) keys and values."""
+    if dropout > 0:
+        raise SharingRefused(f"its attention has a dropout of {dropout:g}")
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise SharingRefused(f"it makes a mask of its own, {tuple(attention_mask.shape)}")
+    if is_causal is False:
+        raise SharingRefused("its attention is not causal")
+    if softcap and implementation == "sdpa":
+        raise SharingRefused("its attention has a softcap, which sdpa leaves out; set attn_implementation to eager")
+    unknown = [name for name, value in others.items() if torch.is_tensor(value) and name not in _HARMLESS]
+    if unknown:
+        raise SharingRefused(f"its attention takes {', '.join(unknown)}, unknown here")
+    device = query.device.type
+    # Position embeddings leave queries and keys in fp32 under autocast; the values are in its type.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out, how = shared_attention(q, k, v, row, scale, sliding_window, softcap, choose_kernel(q, v, implementation))
+    if row.seen is not None:
+        row.seen.append(Call(module, sliding_window, how))
+    return out.unsqueeze(0)
+
+
+# --- The proof -----------------------------------------------------------------------------------------------------
+
+
+def verify(
+    model: nn.Module, decoder: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int, training: bool
+) -> list[str]:
+    """Checks that sharing is exact for this model and these examples; how its attention is computed, in words.
+
+    Raises:
+        SharingRefused: with the reason.
+    """
+    if training:
+        for name, module in decoder.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                raise SharingRefused(f"{name} has a dropout of {module.p:g}, which its responses would share")
+    install(model)
+    device = head_of(model).weight.device
+    mode = _training(model) if training else evaluating(model)
+    with mode, torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _probe(model, decoder, device, config)
+    with evaluating(model), torch.no_grad():
+        return _compare(model, decoder, examples, config, pad)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """As the trainer runs it; afterwards every submodule is in the mode it was in before."""
+    with evaluating(model):
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+
+
+def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D2OConfig) -> None:
+    """One attention call per layer, with the window that the configuration names; and responses that do not meet."""
+    settings = base_of(model).config.get_text_config()
+    row = SharedRow((3, 2), ((4, 3), (2, 5)), seen=[])
+    tokens = torch.arange(sum(row.prompts) + 14) * 7 % (head_of(model).weight.shape[0] - 1) + 1
+    changed = tokens.clone()
+    changed[5:9] = tokens[5:9].roll(1)  # the first response of the first prompt
+    try:
+        with autocast(config, device):
+            first, second = (_forward(decoder, ids.to(device), row) for ids in (tokens, changed))
+    except SharingRefused:
+        raise
+    except Exception as error:  # whatever a model may do with a call that it does not expect
+        raise SharingRefused(f"its forward failed on a shared row ({type(error).__name__}: {error})") from error
+    calls: list[Call] = row.seen or []
+    modules = {id(call.module) for call in calls}
+    layers = settings.num_hidden_layers
+    if len(modules) != layers or len(calls) != 2 * layers:
+        raise SharingRefused(
+            f"{len(modules)} of its {layers} layers attend through transformers' AttentionInterface with the arguments "
+            "of the call; the others would mix the responses"
+        )
+    others = torch.cat([torch.arange(5), torch.arange(9, len(tokens))]).to(device)
+    difference = (first - second).index_select(1, others).abs().max().item()
+    limit = 1e-5 if first.dtype == torch.float32 and config.dtype == "float32" else 1e-3
+    if not difference <= limit * max(1.0, first.abs().max().item()):
+        raise SharingRefused(
+            f"a change in one response changes others (by {difference:.1e}): something besides attention carries "
+            "over, or its forward draws at random (dropout)"
+        )
+    _check_windows(calls[:layers], settings)
+
+
+def _forward(decoder: nn.Module, ids: torch.Tensor, row: SharedRow) -> torch.Tensor:
+    batch = {"input_ids": ids[None], "position_ids": row.position_ids()[None].to(ids.device)}
+    return decoder(**batch, **shared_arguments(row, ids.device)).last_hidden_state
+
+
+def _check_windows(calls: Sequence[Call], settings: Any) -> None:
+    kinds = getattr(settings, "layer_types", None) or [None] * len(calls)
+    window = getattr(settings, "sliding_window", None)
+    for i, (kind, call) in enumerate(zip(kinds, calls, strict=False)):
+        if kind not in (None, "full_attention", "sliding_attention"):
+            raise SharingRefused(f"layer {i} is of the type '{kind}'")
+        expected = window if kind != "full_attention" else None
+        if call.window != expected:
+            raise SharingRefused(f"layer {i} has a window of {expected}, but its attention call says {call.window}")
+
+
+def _compare(
+    model: nn.Module, decoder: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int
+) -> list[str]:
+    """Log-probabilities of the first prompt's response tokens, shared against one row per response."""
+    head = head_of(model)
+    device = head.weight.device
+
+    def logps(batch: PackedBatch) -> torch.Tensor:
+        hidden = response_hidden(decoder, batch)
+        return linear_logprob(hidden, head.weight, batch.targets, **head.options()).double()
+
+    def rms(found: torch.Tensor) -> float:
+        return (found - exact).square().mean().sqrt().item()
+
+    separate, shared = pack(examples, pad).to(device), pack_shared(examples, watch=True).to(device)
+    exact = logps(separate)
+    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    error, limit = rms(logps(shared)), 2e-2 if tf32 else 1e-3
+    if config.dtype == "bfloat16" and error <= limit:
+        # bf16 moves both; the shared one may be no further from fp32 than the other, up to chance.
+        with autocast(config, device):
+            shared.row.seen.clear()  # type: ignore[union-attr]
+            error, limit = rms(logps(shared)), 2 * rms(logps(separate)) + 1e-3
+    if not error <= limit:
+        raise SharingRefused(
+            f"the log-probabilities of the first prompt's response tokens differ by {error:.1e} nats (RMS; at most "
+            f"{limit:.1e} may come from rounding) between one pass per prompt and one row per response"
+        )
+    return list(dict.fromkeys(call.how for call in shared.row.seen))  # type: ignore[union-attr]

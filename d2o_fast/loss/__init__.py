@@ -1,0 +1,1 @@
+"""Hidden states in, loss and gradient out: the specification, the fused loss and its engines."""

@@ -1,0 +1,1 @@
+"""Responses drawn from the model, in this process or on a server."""

@@ -1,0 +1,127 @@
+"""What a model does on held-out prompts: responses drawn from it, each judged by a function of the user's.
+
+A judge is any ``judge(prompt: str, response: str)`` that returns a label (``str``), or a score (a number, higher is
+better). If it carries an attribute ``labels``, those are reported even where no response got them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import numbers
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.reading import Row, stop_token_ids, tokenize_rows
+from d2o_fast.errors import D2OError
+from d2o_fast.model.loading import autocast, base_of, pad_token_id
+from d2o_fast.sampling.generate import sample_responses
+
+Judge = Callable[[str, str], Any]
+
+
+def load_judge(name: str, setting: str = "judge") -> Judge:
+    """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
+
+    Raises:
+        D2OError: not of this form, a module that cannot be imported, or no such function in it.
+    """
+    module_name, colon, function = name.partition(":")
+    if not (module_name and colon and function):
+        raise D2OError(f"{setting} is {name!r}; it must be of the form 'package.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise D2OError(
+            f"{setting} '{name}': module '{module_name}' cannot be imported ({error}). "
+            "It must be installed, or lie in a folder on PYTHONPATH"
+        ) from error
+    judge = getattr(module, function, None)
+    if not callable(judge):
+        found = "nothing of that name" if judge is None else f"a {type(judge).__name__}"
+        raise D2OError(f"{setting} '{name}': expected a function '{function}' in {module_name}, found {found}")
+    return judge
+
+
+def judge_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], judge: Judge, config: D2OConfig
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Draws ``judge_num_generations`` responses for each distinct prompt of ``rows`` and has them judged.
+
+    At most ``judge_max_prompts`` prompts are used, the first ones. The draws follow the model's own distribution at
+    ``temperature`` and ``top_p``, seeded by ``sampling_seed``; the model is left in the mode it was in.
+
+    Returns:
+        Metrics: for labels, the share of all responses under ``judge/<label>``; for scores, their mean under
+        ``judge/score``. Samples: one dict per response with ``prompt``, ``response`` and ``label`` or ``score``.
+
+    Raises:
+        D2OError: no rows, or a judge that returns neither labels nor numbers, or both.
+    """
+    rows = _distinct_prompts(rows, config.judge_max_prompts)
+    if not rows:
+        raise D2OError("there are no held-out prompts to judge; set eval_dataset_name or eval_fraction")
+    prompts = [example.prompt_ids for example in tokenize_rows(rows, tokenizer, config)]
+    stops = stop_token_ids(tokenizer, base_of(model), rows)
+    samples = []
+    for start in range(0, len(rows), config.sampling_batch_size):
+        batch = slice(start, start + config.sampling_batch_size)
+        with autocast(config, model.device):
+            drawn = sample_responses(
+                base_of(model),
+                prompts[batch],
+                config.judge_num_generations,
+                max_new_tokens=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                eos_token_ids=stops,
+                pad_token_id=pad_token_id(tokenizer),
+                seed=config.sampling_seed + start,
+            )
+        for row, responses in zip(rows[batch], drawn, strict=True):
+            prompt = prompt_text(row)
+            for ids in responses:
+                response = str(tokenizer.decode(ids, skip_special_tokens=True))
+                verdict = judge(prompt, response)
+                kind = "label" if isinstance(verdict, str) else "score"
+                samples.append({"prompt": prompt, "response": response, kind: verdict})
+    return _shares(samples, tuple(getattr(judge, "labels", ()))), samples
+
+
+def prompt_text(row: Row) -> str:
+    """The prompt as a judge sees it: the string itself; of messages, the contents with their roles in front.
+
+    A single message of the user is given as its content alone.
+    """
+    if isinstance(row.prompt, str):
+        return row.prompt
+    if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
+        return row.prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
+
+
+def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
+    # A prompt with two negatives stands in two rows.
+    distinct: dict[str, Row] = {}
+    for row in rows:
+        distinct.setdefault(repr(row.prompt), row)
+        if len(distinct) == most:
+            break
+    return list(distinct.values())
+
+
+def _shares(samples: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
+    if all("label" in sample for sample in samples):
+        counts = Counter(sample["label"] for sample in samples)
+        return {f"judge/{label}": counts[label] / len(samples) for label in dict.fromkeys((*labels, *sorted(counts)))}
+    if any("label" in sample for sample in samples):
+        raise D2OError("the judge returned labels for some responses and scores for others; it must keep to one")
+    for sample in samples:
+        if not isinstance(sample["score"], numbers.Real):
+            raise D2OError(
+                f"the judge returned {sample['score']!r}; it must return a label (str) or a score (a number)"
+            )
+    return {"judge/score": sum(float(sample["score"]) for sample in samples) / len(samples)}

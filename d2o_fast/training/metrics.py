@@ -1,0 +1,172 @@
+"""What a run reports: sums kept on the device, means written to ``metrics.jsonl``, TensorBoard and the progress bar.
+
+Names are TRL's. Shapes: S responses, G prompts, K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.errors import D2OError
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.reference import D2OOutput
+
+NAMES = (
+    "loss",
+    "logps/chosen",  # mean over prompts of the anchors' mean log pi(y_i), in nats
+    "logps/rejected",
+    "rewards/chosen",  # beta * mean over the anchors of D(y_i)
+    "rewards/rejected",  # alpha * D(y_l)
+    "rewards/margins",  # z
+    "rewards/accuracies",  # share of prompts with z > 0
+)
+
+
+class PromptMeans:
+    """Means over prompts of everything in ``NAMES``, summed on the device; only ``read`` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
+        self.num_prompts = 0
+
+    @torch.no_grad()
+    def add(self, out: D2OOutput, layout: ResponseLayout, num_prompts: int) -> None:
+        """``out.loss`` is a sum over the layout's prompts divided by ``num_prompts``."""
+        device = out.logps.device
+        is_negative = layout.tensor("is_negative", device)
+        num_anchors = layout.tensor("num_anchors", device)[layout.tensor("response_group", device)]
+        anchors = torch.where(is_negative, 0.0, out.logps / num_anchors)
+        values = (
+            out.loss.detach() * num_prompts,
+            anchors.sum(),
+            torch.where(is_negative, out.logps, 0.0).sum(),
+            out.chosen_rewards.sum(),
+            out.rejected_rewards.sum(),
+            out.margins.sum(),
+            (out.margins > 0).sum(),
+        )
+        self.sums += torch.stack([value.double() for value in values])
+        self.num_prompts += layout.num_prompts
+
+    def read(self) -> dict[str, float]:
+        """The means."""
+        return dict(zip(NAMES, (self.sums / max(1, self.num_prompts)).tolist(), strict=True))
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.num_prompts = 0
+
+
+class MetricLog:
+    """``metrics.jsonl`` in ``output_dir``, one object per line with ``step``; TensorBoard if asked for; a progress bar.
+
+    Args:
+        start_step: lines after this step are dropped, so that a resumed run's log has no second version of them.
+    """
+
+    def __init__(self, config: D2OConfig, start_step: int, num_steps: int) -> None:
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        _truncate(self.path, start_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        self.board = None
+        if "tensorboard" in config.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(Path(config.output_dir) / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
+        interval = 0.2 if sys.stderr.isatty() else 30.0  # a file of a log needs no ten lines a second
+        self.bar = tqdm(total=num_steps, initial=start_step, desc="train", unit="step", mininterval=interval)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        # NaN is not JSON: only a judge's score could bring one in, and it is written as null.
+        record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in metrics.items():
+                # TensorBoard's custom: one page per first part of the name
+                place = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                self.board.add_scalar(place, value, step)
+        if "loss" in metrics:
+            self.bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
+                f"{metrics['tokens_per_second']:,.0f} tokens/s",
+                refresh=False,
+            )
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class TokenRate:
+    """Tokens per second since the last ``read``, without the time between ``pause`` and ``go``.
+
+    The device must have finished its work before ``read`` and ``pause``: a step returns long before it is computed.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self.go()
+
+    def go(self) -> None:
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def read(self) -> float:
+        self.pause()
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = 0, 0.0
+        self.go()
+        return rate
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``. A last line without its end (the writer was killed) is left out.
+
+    Raises:
+        D2OError: another line that is not a record.
+    """
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise D2OError(f"{path}, line {number}: not a record of metrics; repair or remove the file") from error
+        records.append(record)
+    return records
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_log(path) if record["step"] <= last_step] if last_step else []
+    temporary = path.with_name(".metrics.jsonl.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

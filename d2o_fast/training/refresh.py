@@ -1,0 +1,173 @@
+"""Online D2O: anchors drawn anew from the policy as it is, which becomes their reference.
+
+Every ``refresh_every`` steps a window of training begins. For the prompts of its steps, and no others, K anchors are
+drawn from the policy at that moment and scored under it: log ref- of these anchors. The negatives keep the score that
+they have in the store, log ref+. The first window is the store's: there the policy is the initial model.
+
+What was drawn is kept in ``<output_dir>/refreshed/step-N`` (files as in ``shards.py``), since a run that is resumed in
+the middle of a window has the policy that drew it no more. Draws are seeded by ``sampling_seed``, the step and the
+batch, so that a run that is resumed at a window's beginning, or before it, draws the same ones again.
+
+K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.anchors.build import AnchorStore, store_record
+from d2o_fast.anchors.drawing import Drawer
+from d2o_fast.anchors.references import reference_names
+from d2o_fast.anchors.scoring import reference_logps
+from d2o_fast.anchors.shards import SCHEMA, begin, shard_name, write_shard
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.reading import Row
+from d2o_fast.errors import D2OError
+from d2o_fast.forward.batch import Example
+from d2o_fast.model.loading import pad_token_id
+from d2o_fast.training.checkpoint import atomic_folder
+from d2o_fast.training.order import Order
+
+logger = logging.getLogger("d2o_fast")
+
+
+class Window:
+    """The anchors of one window's prompts, but for those that lost all of them to the filters.
+
+    Args:
+        places: the prompts' places in the data, in the order of the window's store.
+    """
+
+    def __init__(self, places: Sequence[int], store: AnchorStore) -> None:
+        self.digest = _content_digest(Path(store.folder))
+        self._examples = store.examples()
+        self._index = {places[row]: i for i, row in enumerate(store.usable)}
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._index
+
+    def example(self, place: int) -> Example:
+        """The prompt at ``place`` of the data with its negative, its fresh anchors and their scores."""
+        return self._examples[self._index[place]]
+
+    def metrics(self) -> dict[str, float]:
+        """Anchors, their mean length in tokens and mean log-probability in nats: ``refresh/...``."""
+        lengths = [len(ids) for example in self._examples for ids in example.anchor_ids]
+        logps = [logp for example in self._examples for logp in example.ref_logps[1:]]
+        count = max(1, len(lengths))
+        return {
+            "refresh/anchors": len(lengths),
+            "refresh/mean_length": sum(lengths) / count,
+            "refresh/logps": sum(logps) / count,
+        }
+
+
+class Refresher:
+    """Draws windows and finds them again.
+
+    Args:
+        model: the policy that is being trained; its adapter, if it has one, stays active.
+        rows: the training data; ``examples``: the same as ``store`` has them.
+        shared: whether prompts can be read once for all their responses where dropout is off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: D2OConfig,
+        store: AnchorStore,
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        order: Order,
+        shared: bool,
+    ) -> None:
+        self.model, self.decoder, self.tokenizer, self.config, self.shared = model, decoder, tokenizer, config, shared
+        self.store, self.rows, self.examples, self.order = store, rows, examples, order
+        self.folder = Path(config.output_dir) / "refreshed"
+        self.drawer = Drawer(model, tokenizer, config, store.fingerprint["stop_token_ids"])
+
+    def draw(self, step: int) -> Window:
+        """Draws and scores the anchors of the window that begins at ``step`` under the policy as it is now.
+
+        Raises:
+            D2OError: a score that is not finite; no prompt keeps any anchor.
+        """
+        places, size = self._places(step), self.config.sampling_batch_size
+        with atomic_folder(self.folder / f"step-{step}") as folder:
+            fingerprint = {**self.store.fingerprint, "refreshed_at": step}
+            counts = {"num_rows": len(places), "num_shards": -(-len(places) // size)}
+            begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(self.config)})
+            for shard, start in enumerate(range(0, len(places), size)):
+                records = self._drawn(step, shard, places[start : start + size])
+                write_shard(folder, shard, pa.Table.from_pylist(records, schema=SCHEMA))
+        window = self.load(step)
+        self._report_lost(step, places, [place for place in places if place not in window])
+        return window
+
+    def load(self, step: int) -> Window:
+        """The window that ``draw`` made at ``step``.
+
+        Raises:
+            D2OError: it is missing or damaged.
+        """
+        return Window(self._places(step), AnchorStore.open(self.folder / f"step-{step}"))
+
+    def keep(self, steps: Iterable[int]) -> None:
+        """Removes every window but those of ``steps``, and what a killed writer left."""
+        names = {f"step-{step}" for step in steps}
+        for path in self.folder.glob("*step-*"):
+            if path.name not in names:
+                shutil.rmtree(path)
+
+    def _places(self, step: int) -> list[int]:
+        """The window's prompts, but for those that brought anchors of their own: they keep them."""
+        return [i for i in self.order.prompts_of_window(step) if self.rows[i].anchors is None]
+
+    def _drawn(self, step: int, shard: int, places: Sequence[int]) -> list[dict[str, Any]]:
+        rows, known = [self.rows[i] for i in places], [self.examples[i] for i in places]
+        bare = [replace(example, anchor_ids=[], ref_logps=[]) for example in known]
+        drawn, dropped = self.drawer.with_anchors(("refresh", step, shard), rows, bare)
+        pad, usable = pad_token_id(self.tokenizer), [example for example in drawn if example.anchor_ids]
+        scores = iter(reference_logps(self.decoder, self.model, usable, self.config, pad, self.shared))
+        first, records = shard * self.config.sampling_batch_size, []
+        for i, (row, old, new, reasons) in enumerate(zip(rows, known, drawn, dropped, strict=True)):
+            logps = next(scores)[1:] if new.anchor_ids else []
+            if not all(map(math.isfinite, logps)):
+                raise D2OError(
+                    f"step {step}: the anchors drawn anew for {row.source}, row {row.index}, have log-probabilities of "
+                    f"{logps}. Lower learning_rate, or try dtype float32"
+                )
+            scored = [old.ref_logps[0], *logps] if logps else []
+            records.append(store_record(first + i, row, new, scored, self.tokenizer, reasons))
+        return records
+
+    def _report_lost(self, step: int, places: Sequence[int], lost: Sequence[int]) -> None:
+        if not lost:
+            return
+        if len(lost) == len(places):
+            raise D2OError(f"step {step}: the filters leave none of the {len(places)} prompts an anchor. Loosen them")
+        first = f"{self.rows[lost[0]].source}, row {self.rows[lost[0]].index}"
+        text = (
+            "step %d: %d of %d prompts, the first %s, lost all new anchors to the filters and keep those of the store"
+        )
+        logger.warning(text, step, len(lost), len(places), first)
+
+
+def _content_digest(folder: Path) -> str:
+    """Of the shards' own digests: other anchors or scores have another one."""
+    count = len(list(folder.glob("shard-*.parquet")))
+    digests = [(folder / f"{shard_name(i)}.sha256").read_bytes() for i in range(count)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()

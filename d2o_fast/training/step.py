@@ -1,0 +1,118 @@
+"""The parts of a training step: a batch through model and loss, held-out metrics, the optimizer and its schedule.
+
+Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.reading import Row
+from d2o_fast.forward.batch import Example, pack, pack_shared, response_hidden
+from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.loss.layout import ResponseLayout
+from d2o_fast.loss.ops import fused_d2o_loss
+from d2o_fast.loss.reference import D2OOutput
+from d2o_fast.model.loading import Head, autocast, decoder_of, head_of, pad_token_id
+from d2o_fast.sampling.generate import evaluating
+from d2o_fast.training.evaluate import judge_model, load_judge
+from d2o_fast.training.metrics import PromptMeans
+
+
+def batch_loss(
+    decoder: nn.Module,
+    head: Head,
+    examples: Sequence[Example],
+    pad: int,
+    config: D2OConfig,
+    num_prompts: int,
+    shared: bool = False,
+) -> tuple[D2OOutput, ResponseLayout]:
+    """D2O of ``examples``: their losses' sum over ``num_prompts``, and the layout of their S responses.
+
+    Args:
+        shared: each prompt is read once for all its responses; ``sharing.py`` says for which models.
+    """
+    device = head.weight.device
+    batch = (pack_shared(examples) if shared else pack(examples, pad)).to(device)
+    with autocast(config, device):
+        hidden = response_hidden(decoder, batch)
+    out = fused_d2o_loss(
+        hidden,
+        head.weight,
+        batch.targets,
+        batch.layout,
+        batch.ref_logps,
+        alpha=config.alpha,
+        beta=config.beta,
+        anchor_weight=config.anchor_weight,
+        num_prompts=num_prompts,
+        **head.options(),
+    )
+    return out, batch.layout
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    config: D2OConfig,
+    shared: bool | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
+
+    Args:
+        shared: whether prompts can be read once for all their responses; found out here if not known yet.
+
+    Returns:
+        ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
+    """
+    head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
+    means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
+    if shared is None:
+        shared = choose_sharing(model, decoder, examples, config, pad).on
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
+    metrics, samples = means.read(), list[dict[str, Any]]()
+    if config.judge:
+        judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)
+        metrics |= judged
+    return {f"eval_{name}": value for name, value in metrics.items()}, samples
+
+
+def schedule(step: int, num_steps: int, kind: str, warmup: int) -> float:
+    """Factor on the learning rate at ``step`` (from 0) with ``warmup`` steps, as transformers' schedulers have it."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return 1.0
+
+
+def adamw(model: nn.Module, config: D2OConfig) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient; weight decay on matrices alone, not on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )

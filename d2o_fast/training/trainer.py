@@ -1,0 +1,397 @@
+"""The training loop: packed prompts -> hidden states of a Hugging Face model -> the fused loss -> AdamW.
+
+One step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, each with its negative and its K
+anchors. Nothing in it waits for the device: metrics are summed there and read every ``logging_steps``.
+
+Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.references import describe_references, reference_names
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.on_disk import taken
+from d2o_fast.data.reading import Row, rows_from
+from d2o_fast.errors import D2OError
+from d2o_fast.files import locked
+from d2o_fast.forward.batch import Example, step_batches
+from d2o_fast.forward.sharing import Sharing, choose_sharing
+from d2o_fast.model.loading import base_of, decoder_of, head_of, load_tokenizer, pad_token_id, refuse_moving_positions
+from d2o_fast.prepare import (
+    add_adapter,
+    initial_model,
+    load_weights,
+    open_store,
+    quiet_transformers,
+    refuse_many_processes,
+)
+from d2o_fast.settings import refusal
+from d2o_fast.training import checkpoint as ckpt
+from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
+from d2o_fast.training.model_card import model_card
+from d2o_fast.training.order import Order
+from d2o_fast.training.refresh import Refresher, Window
+from d2o_fast.training.step import adamw, batch_loss, evaluate_model, schedule
+
+logger = logging.getLogger("d2o_fast")
+
+Callback = Callable[["D2OTrainer", str, dict[str, float]], None]
+
+
+class TrainResult(NamedTuple):
+    """What ``D2OTrainer.train`` returns: optimizer steps done, and the last metrics of training and evaluation."""
+
+    global_step: int
+    metrics: dict[str, float]
+
+
+class D2OTrainer:
+    """Trains a causal language model away from its negatives while its own anchors hold it in place.
+
+    Args:
+        model: a local folder or hub name (an adapter's too), a model of transformers or a PeftModel. Its weights become
+            fp32. What it is now draws the anchors, and scores unless ``args`` names other references.
+        args: all settings.
+        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data.py``), whose
+            anchors are drawn and scored before training, under ``args.anchors_dir``; or an ``AnchorStore``.
+        eval_dataset: held-out data in the same forms.
+        processing_class: the tokenizer; by default the one beside the model.
+        peft_config: a LoraConfig; with ``args.use_peft`` alone, one is made from ``args.lora_*``.
+        callbacks: functions ``callback(trainer, event, metrics)``, called after each "log", "evaluate", "refresh",
+            "save" and "train_end".
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: D2OConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        refuse_many_processes()
+        _refuse_without_held_out(args, eval_dataset)
+        name = model if isinstance(model, str) else base_of(model).config._name_or_path
+        self.args = dataclasses.replace(args, model_name_or_path=name or args.model_name_or_path)
+        self.tokenizer = processing_class or load_tokenizer(self.args)
+        self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
+        refuse_moving_positions(self.model, self.args)
+        self.device = self.model.device
+        self.head, self.decoder = head_of(self.model), decoder_of(self.model)
+        self.pad = pad_token_id(self.tokenizer)
+        self.datasets = {
+            "train": _rows(train_dataset, "train_dataset"),
+            "eval": _rows(eval_dataset, "eval_dataset"),
+        }
+        self.stores: dict[str, AnchorStore] = {}
+        self.rows: dict[str, Sequence[Row]] = {}
+        self.examples: dict[str, Sequence[Example]] = {}
+        self.callbacks = list(callbacks or [])
+        self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
+        self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
+        self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
+        self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
+        self.window: Window | None = None  #: anchors drawn anew for the steps under way; None: the store's
+
+    # --- Training --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainResult:
+        """Trains to the end and writes the model, its card and the settings into ``args.output_dir``.
+
+        The global random generators are left as they were.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or "latest" / True; ``args.resume_from_checkpoint`` if not
+                given. The run continues as if it had never stopped.
+
+        Raises:
+            D2OError: a used ``output_dir``, or one in which another process trains; a checkpoint or store that does not
+                fit; a loss that is not finite.
+        """
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "training"):
+            path = ckpt.find_checkpoint(self.args.output_dir, resume)
+            if path is not None:
+                self.state = ckpt.load_state(path)
+                ckpt.check_unchanged(path, self.state, self.args)
+                self.state.config = dataclasses.asdict(self.args)
+            for name in self.datasets:
+                self._prepare(name, resumed=path)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self._train(path)
+            self.save_model(self.args.output_dir)
+        self._call("train_end", self.state.metrics)
+        return TrainResult(self.state.global_step, self.state.metrics)
+
+    def _train(self, path: Path | None) -> None:
+        args, state = self.args, self.state
+        torch.manual_seed(args.seed)
+        self.means = PromptMeans(self.device)
+        self.bad_step = torch.full((), -1, device=self.device)  # the first step whose loss or gradient is not finite
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = adamw(self.model, args)
+        if path is not None:
+            load_weights(self.model, path)
+            self._load_progress(path)
+        first = [self.examples["train"][i] for i in self.order.prompts_of(state.global_step)[:1]]
+        if first:
+            self.sharing = choose_sharing(self.model, self.decoder, first, args, self.pad, training=True)
+            if path is not None:
+                ckpt.check_sharing(path, state, self.sharing)
+            state.shared = self.sharing.on
+            self._prepare_refresh(path)
+        if args.gradient_checkpointing:
+            base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.model.train()
+        self.log = MetricLog(args, state.global_step, self.order.num_steps)
+        try:
+            if args.eval_steps and self.examples["eval"] and path is None:
+                self._evaluate_and_log()
+            rate = TokenRate()
+            while state.global_step < self.order.num_steps:
+                self._refresh(rate)
+                grad_norm, lr, tokens = self._step()
+                rate.tokens += tokens
+                self._after_step(grad_norm, lr, rate)
+        finally:
+            self.log.close()
+            self.model.eval()
+
+    def _step(self) -> tuple[torch.Tensor, float, int]:
+        """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
+        args, state = self.args, self.state
+        examples = [self._example(i) for i in self.order.prompts_of(state.global_step)]
+        steps = self.order.num_steps
+        lr = args.learning_rate * schedule(state.global_step, steps, args.lr_scheduler_type, args.warmup(steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        size, budget = args.per_device_train_batch_size, args.tokens_per_micro_batch
+        for micro in step_batches(examples, size, budget, self.sharing.on):
+            out, layout = batch_loss(
+                self.decoder, self.head, micro, self.pad, args, num_prompts=len(examples), shared=self.sharing.on
+            )
+            out.loss.backward()
+            self.means.add(out, layout, len(examples))
+            finite &= out.loss.detach().isfinite()
+        # max_grad_norm = 0 means no clipping; the norm is reported all the same.
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm or math.inf)
+        bad = ~(finite & grad_norm.isfinite())
+        self.bad_step = torch.where((self.bad_step < 0) & bad, state.global_step, self.bad_step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.loss_path = out.path
+        tokens = sum(example.num_tokens() for example in examples)
+        state.global_step += 1
+        state.num_tokens += tokens
+        state.epoch = self.order.epoch_of(state.global_step)
+        return grad_norm, lr, tokens
+
+    def _after_step(self, grad_norm: torch.Tensor, lr: float, rate: TokenRate) -> None:
+        args, step, last = self.args, self.state.global_step, self.state.global_step == self.order.num_steps
+        if step % args.logging_steps == 0 or last:
+            self._refuse_non_finite()
+            metrics = {
+                **self.means.read(),
+                "grad_norm": grad_norm.item(),
+                "learning_rate": lr,
+                "epoch": self.state.epoch,
+                "num_tokens": self.state.num_tokens,
+                "tokens_per_second": rate.read(),
+            }
+            self.means.reset()
+            self._report("log", metrics)
+        evaluate = bool(self.examples["eval"]) and (last or (args.eval_steps > 0 and step % args.eval_steps == 0))
+        save = step % args.save_steps == 0
+        if evaluate or save:
+            self._refuse_non_finite()
+            rate.pause()
+            if evaluate:
+                self._evaluate_and_log()
+            if save:
+                self._save_checkpoint()
+            rate.go()
+        self.log.bar.update()
+
+    def _refuse_non_finite(self) -> None:
+        """Waits for the device. Called before anything is logged, evaluated or saved."""
+        step = int(self.bad_step.item())
+        if step < 0:
+            return
+        prompts = ", ".join(self._source(i) for i in self.order.prompts_of(step)[:4])
+        raise D2OError(
+            f"step {step + 1}: the loss or its gradient is not finite. Its prompts: {prompts}, ... No checkpoint was "
+            "written since. Lower learning_rate, or look at these prompts"
+        )
+
+    # --- Anchors drawn anew ----------------------------------------------------------------------------------------
+
+    def _example(self, i: int) -> Example:
+        fresh = self.window is not None and i in self.window
+        return self.window.example(i) if fresh else self.examples["train"][i]  # type: ignore[union-attr]
+
+    def _prepare_refresh(self, path: Path | None) -> None:
+        """What earlier runs left is removed, but for the window that the checkpoint at ``path`` stands in."""
+        if not self.args.refresh_every:
+            return
+        examples, rows = self.examples["train"], self.rows["train"]
+        shared = self._evaluates_shared(examples)
+        store = self.stores["train"]
+        self.refresher = Refresher(
+            self.model, self.decoder, self.tokenizer, self.args, store, rows, examples, self.order, shared
+        )
+        step = self.state.global_step
+        start = self.order.window_of(step)
+        if path is None or not 0 < start < step < self.order.num_steps:
+            self.refresher.keep([])
+            return
+        self.refresher.keep([start])
+        self.window = self.refresher.load(start)
+        ckpt.check_window(path, self.state, self.window.digest)
+
+    def _refresh(self, rate: TokenRate) -> None:
+        """Draws anchors if a window begins with the step that comes."""
+        step = self.state.global_step
+        if not step or self.order.window_of(step) != step:
+            return
+        self._refuse_non_finite()
+        rate.pause()
+        started = time.perf_counter()
+        self.window = self.refresher.draw(step)
+        self.state.window = self.window.digest
+        # Under the step that comes: a run that is resumed here draws again, and says so again.
+        self._report("refresh", {**self.window.metrics(), "refresh/seconds": time.perf_counter() - started}, step + 1)
+        rate.go()
+
+    # --- Data ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, name: str, resumed: Path | None = None) -> None:
+        data = self.datasets[name]
+        if name not in self.examples and data is not None:
+            store = open_store(self.model, self.tokenizer, data, self.args, name, may_build=resumed is None)
+            self.stores[name], self.examples[name] = store, store.examples()
+            rows = store.rows() if isinstance(data, AnchorStore) else data
+            # Held-out prompts without anchors can still be judged.
+            self.rows[name] = rows if name == "eval" else taken(rows, store.usable)
+        self.examples.setdefault(name, [])
+        if name == "train":
+            self.order = Order(self.args, len(self.examples[name]))
+        if data is None:
+            return
+        if resumed is not None:
+            ckpt.check_digest(resumed, self.state, name, self.stores[name].digest, self.stores[name].folder)
+        self.state.digests[name] = self.stores[name].digest
+
+    def _source(self, i: int) -> str:
+        return f"{self.rows['train'][i].source}, row {self.rows['train'][i].index}"
+
+    # --- Evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and rewards on ``eval_dataset``, ``eval_judge/...`` where ``args.judge`` is set.
+
+        Raises:
+            D2OError: there is no eval_dataset.
+        """
+        self._prepare("eval")
+        if not self.examples["eval"]:
+            raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
+        examples = self.examples["eval"]
+        shared = self._evaluates_shared(examples)
+        return evaluate_model(self.model, self.tokenizer, examples, self.rows["eval"], self.args, shared=shared)[0]
+
+    def _evaluates_shared(self, examples: Sequence[Example]) -> bool:
+        if self.eval_shared is None:
+            self.eval_shared = choose_sharing(self.model, self.decoder, examples, self.args, self.pad).on
+        return self.eval_shared
+
+    def _evaluate_and_log(self) -> None:
+        self._report("evaluate", {**self.evaluate(), "epoch": self.state.epoch})
+
+    def _report(self, event: str, metrics: dict[str, float], step: int | None = None) -> None:
+        self.log.write(self.state.global_step if step is None else step, metrics)
+        self.state.metrics |= metrics
+        self._call(event, metrics)
+
+    def _call(self, event: str, metrics: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback(self, event, metrics)
+
+    # --- Files -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, folder: str | Path) -> None:
+        """Weights in fp32 (of a PeftModel its adapter alone), tokenizer, model card and ``d2o_config.yaml``.
+
+        Every file is written elsewhere first and moved into its place whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        is_adapter = not isinstance(self.model, PreTrainedModel)
+        data = {name: self._described(name) for name in self.stores}
+        with ckpt.replace_files(folder) as temporary:
+            self._save_weights(temporary)
+            references = describe_references(self.stores["train"].fingerprint, reference_names(self.args))
+            ran = self.loss_path or "not run", self.sharing.text
+            card = model_card(self.args, self.state, data, is_adapter, *ran, references)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
+            (temporary / "d2o_config.yaml").write_text(config, encoding="utf-8")
+
+    def _described(self, name: str) -> str:
+        store, sources, anchors = self.stores[name], dict[str, None](), 0
+        for record in store.records("source", "anchors_tokens"):
+            if record["anchors_tokens"]:
+                sources[f"`{record['source']}`"] = None
+                anchors += len(record["anchors_tokens"])
+        return f"{', '.join(sources)}: {len(store.usable)} negatives, {anchors} anchors (store {store.digest[:16]})"
+
+    def _save_weights(self, folder: Path) -> None:
+        options = {} if isinstance(self.model, PreTrainedModel) else {"save_embedding_layers": False}
+        with quiet_transformers():
+            self.model.save_pretrained(folder, **options)
+        self.tokenizer.save_pretrained(folder)
+
+    def _save_checkpoint(self) -> None:
+        self.log.sync()
+        extra = {"sums": self.means.sums.cpu(), "num_prompts": self.means.num_prompts}
+        limit = self.args.save_total_limit
+        ckpt.save_checkpoint(self.args.output_dir, self.state, self._save_weights, self.optimizer, extra, limit)
+        if self.args.refresh_every:
+            steps = map(ckpt.step_of, ckpt.checkpoints(self.args.output_dir))
+            self.refresher.keep(self.order.window_of(step) for step in steps if self.order.window_of(step) < step)
+        self._call("save", {})
+
+    def _load_progress(self, path: Path) -> None:
+        extra = ckpt.load_tensors(path, self.optimizer)
+        self.means.sums.copy_(extra["sums"])
+        self.means.num_prompts = extra["num_prompts"]
+
+
+def _refuse_without_held_out(args: D2OConfig, eval_dataset: Any) -> None:
+    for name, off in (("eval_steps", 0), ("judge", None)):
+        if eval_dataset is None and getattr(args, name) != off:
+            ways = "set eval_dataset_name or eval_fraction, or give eval_dataset"
+            raise refusal(name, getattr(args, name), f"left out where there are no held-out data: {ways}")
+
+
+def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
+    return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)
