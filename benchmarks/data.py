@@ -48,7 +48,7 @@ def epoch(folder: str) -> dict[str, float]:
     """The store opened, and all its rows packed in a shuffled order, ``STEP`` at a time."""
     import torch
 
-    from d2o_fast.anchors.build import AnchorStore
+    from d2o_fast.anchors.store import AnchorStore
     from d2o_fast.forward.batch import pack_shared
 
     started = time.perf_counter()

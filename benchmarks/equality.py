@@ -16,10 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.shapes import relative_error
-from d2o_fast.forward.batch import Example, pack, pack_shared, response_hidden
-from d2o_fast.forward.sharing import install
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import pack, pack_shared, response_hidden
+from d2o_fast.forward.hook import install
 from d2o_fast.loss.reference import naive_linear_logprob
-from d2o_fast.model.loading import base_of, head_of
+from d2o_fast.model.parts import base_of, head_of
 
 SMALL: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61},

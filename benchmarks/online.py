@@ -37,7 +37,7 @@ from matplotlib import pyplot
 
 from benchmarks import toy
 from benchmarks.runner import commit
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
 from d2o_fast.demo.report import Shares
 from d2o_fast.demo.run import d2o_curve, judged, versions

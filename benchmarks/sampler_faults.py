@@ -32,7 +32,8 @@ from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.samplers import random_model, word_tokenizer
 from benchmarks.serving import Proxy, transformers_serve, vllm_serve
-from d2o_fast.anchors.build import AnchorStore, build_store
+from d2o_fast.anchors.build import build_store
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError

@@ -37,9 +37,8 @@ from benchmarks.runner import RESULTS, about_this_run
 from benchmarks.serving import transformers_serve, vllm_serve
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
-from d2o_fast.data.tokens import tokenize_drawn
 from d2o_fast.sampling.generate import sample_responses
-from d2o_fast.sampling.protocol import Sampling, ServerPrompt
+from d2o_fast.sampling.protocol import Sampling, ServerPrompt, tokenize_drawn
 from d2o_fast.sampling.server import ServerSampler
 
 V, EOS = 64, 0
@@ -124,7 +123,7 @@ def ours(model: Any) -> Sampler:
 
 
 def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
-    """``server.py``, texts made into tokens again."""
+    """``sampling/server.py``, texts made into tokens again."""
     server = ServerSampler(url, name, CONCURRENCY, 120.0)
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:

@@ -35,14 +35,16 @@ from benchmarks.measure import _resident, timed
 from benchmarks.report import heading, write
 from benchmarks.runner import RESULTS, about_this_run
 from d2o_fast.config import D2OConfig
+from d2o_fast.data.row import Example
 from d2o_fast.forward.attention import VarlenAttention
-from d2o_fast.forward.batch import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
+from d2o_fast.forward.batch import PackedBatch, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.forward.flash import choose_kernel
 from d2o_fast.forward.shared_row import Spans
 from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.loss.engine import Head
 from d2o_fast.loss.layout import ResponseLayout
 from d2o_fast.loss.ops import fused_d2o_loss
-from d2o_fast.model.loading import Head, autocast, decoder_of, head_of
+from d2o_fast.model.parts import autocast, decoder_of, head_of
 from d2o_fast.training.step import adamw
 
 PROVIDERS = ("shared", "unshared", "padded")

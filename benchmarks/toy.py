@@ -35,10 +35,11 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.runner import commit
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.cli import main as d2o
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import Row, read_rows
+from d2o_fast.data.reading import read_rows
+from d2o_fast.data.row import Row
 from d2o_fast.demo import world
 from d2o_fast.demo.model import build_tokenizer, pretrain
 from d2o_fast.demo.report import Shares

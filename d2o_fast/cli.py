@@ -99,8 +99,8 @@ def _help() -> str:
 
 def _dry_run(config: D2OConfig) -> int:
     from d2o_fast.data.dry_run import describe
+    from d2o_fast.data.reading import read_datasets
     from d2o_fast.model.loading import load_tokenizer
-    from d2o_fast.prepare import read_datasets
 
     tokenizer = load_tokenizer(config)
     for name, rows in zip(("train", "eval"), read_datasets(config), strict=True):
@@ -113,10 +113,11 @@ def _dry_run(config: D2OConfig) -> int:
 def _sample(config: D2OConfig) -> int:
     import torch
 
+    from d2o_fast.anchors.build import open_store
     from d2o_fast.anchors.filters import counts_text
+    from d2o_fast.data.reading import read_datasets
     from d2o_fast.loss.ops import choose_engine
-    from d2o_fast.model.loading import load_tokenizer
-    from d2o_fast.prepare import initial_model, open_store, read_datasets
+    from d2o_fast.model.loading import initial_model, load_tokenizer
 
     train, held_out = read_datasets(config)
     model, tokenizer = initial_model(config, config.model_name_or_path), load_tokenizer(config)
@@ -147,7 +148,7 @@ def _sample(config: D2OConfig) -> int:
 
 
 def _train(config: D2OConfig) -> int:
-    from d2o_fast.prepare import read_datasets
+    from d2o_fast.data.reading import read_datasets
     from d2o_fast.training.trainer import D2OTrainer
 
     train, held_out = read_datasets(config)
@@ -158,9 +159,10 @@ def _train(config: D2OConfig) -> int:
 
 
 def _eval(config: D2OConfig, eval_model: str | None) -> int:
-    from d2o_fast.model.loading import load_tokenizer
-    from d2o_fast.prepare import initial_model, open_store, read_datasets, trained_model
-    from d2o_fast.training.step import evaluate_model
+    from d2o_fast.anchors.build import open_store
+    from d2o_fast.data.reading import read_datasets
+    from d2o_fast.model.loading import initial_model, load_tokenizer, trained_model
+    from d2o_fast.training.evaluate import evaluate_model
 
     rows = read_datasets(config)[1]
     if not rows:

@@ -7,11 +7,13 @@ settings of a fingerprint are all read from there.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from d2o_fast.errors import D2OError
 from d2o_fast.settings import MISFIT, is_blank, read, refusal, setting, words
 
 
@@ -307,3 +309,26 @@ def _loggers(value: str | list[str]) -> list[str]:
     if any(name != "tensorboard" for name in names):
         raise refusal("report_to", value, "'tensorboard' or 'none' (metrics.jsonl is always written)")
     return names
+
+
+def load_judge(name: str, setting: str = "judge") -> Callable[..., Any]:
+    """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
+
+    Raises:
+        D2OError: not of this form, a module that cannot be imported, or no such function in it.
+    """
+    module_name, colon, function = name.partition(":")
+    if not (module_name and colon and function):
+        raise D2OError(f"{setting} is {name!r}; it must be of the form 'package.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise D2OError(
+            f"{setting} '{name}': module '{module_name}' cannot be imported ({error}). "
+            "It must be installed, or lie in a folder on PYTHONPATH"
+        ) from error
+    judge = getattr(module, function, None)
+    if not callable(judge):
+        found = "nothing of that name" if judge is None else f"a {type(judge).__name__}"
+        raise D2OError(f"{setting} '{name}': expected a function '{function}' in {module_name}, found {found}")
+    return judge

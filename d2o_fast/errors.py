@@ -29,3 +29,8 @@ class FingerprintError(D2OError):
             + "\n".join(lines)
             + "\nSet these back, or choose another anchors_dir to make new ones."
         )
+
+
+def shortened(text: str, limit: int = 40) -> str:
+    """``text``, or its beginning and an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -17,8 +17,10 @@ from transformers import Trainer, TrainingArguments
 from d2o_fast import D2OConfig, fused_d2o_loss
 from d2o_fast.anchors.build import build_store
 from d2o_fast.data.reading import read_rows
-from d2o_fast.forward.batch import Example, pack, response_hidden
-from d2o_fast.model.loading import decoder_of, head_of, load_model, load_tokenizer, pad_token_id
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import pack, response_hidden
+from d2o_fast.model.loading import load_model, load_tokenizer
+from d2o_fast.model.parts import decoder_of, head_of, pad_token_id
 
 
 class D2OLossTrainer(Trainer):

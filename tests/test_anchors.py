@@ -24,16 +24,19 @@ from d2o_fast.anchors import drawing as drawing_module
 from d2o_fast.anchors import references as references_module
 from d2o_fast.anchors import scoring as scoring_module
 from d2o_fast.anchors import shards as shards_module
-from d2o_fast.anchors.build import AnchorStore, build_store, expected_fingerprint
+from d2o_fast.anchors.build import build_store
+from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.scoring import reference_logps
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import rows_from, tokenize_rows
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.row import Example
+from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.files import locked
-from d2o_fast.forward.batch import Example
-from d2o_fast.forward.sharing import install
+from d2o_fast.forward.hook import install
 from d2o_fast.model.identity import weights_digest
-from d2o_fast.model.loading import decoder_of
+from d2o_fast.model.parts import decoder_of
 from d2o_fast.sampling.generate import sample_responses
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 

@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from d2o_fast import D2OConfig, D2OTrainer
+from d2o_fast.anchors.build import open_store
 from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
-from d2o_fast.prepare import open_store
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training.metrics import read_log
 from stops import Stop, stop_at

@@ -15,8 +15,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from d2o_fast import D2OConfig, __version__
-from d2o_fast.anchors.build import AnchorStore
-from d2o_fast.cli import main, parse
+from d2o_fast.anchors.store import AnchorStore
+from d2o_fast.arguments import parse
+from d2o_fast.cli import main
 from d2o_fast.config import FIELDS, allowed
 from tiny import save_tiny, tiny_rows
 

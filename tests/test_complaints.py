@@ -222,7 +222,7 @@ def test_the_default_workspace_holds_a_real_batch_in_few_chunks() -> None:
 def test_no_wide_copy_of_a_16_bit_weight(dtype: torch.dtype) -> None:
     """nmoe 10: the whole weight widened to fp32 first, 13 times slower. A CPU widens a block of it at a time.
 
-    The GPU's products take the operands as they are; the dtypes there are those of ``products.py``.
+    The GPU's products take the operands as they are; the dtypes there are those of ``loss/matmul.py``.
     """
     from d2o_fast.loss.torch_engine import BLOCK_BYTES
 

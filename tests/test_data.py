@@ -14,17 +14,9 @@ import pytest
 from tokenizers import AddedToken
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import (
-    Row,
-    prompt_key,
-    read_rows,
-    read_sources,
-    rows_from,
-    split_by_prompt,
-    stop_token_ids,
-    tokenize_rows,
-    without_duplicates,
-)
+from d2o_fast.data.reading import read_rows, read_sources, rows_from, split_by_prompt, without_duplicates
+from d2o_fast.data.row import Row, prompt_key
+from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError, DataError
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer
 

@@ -7,10 +7,12 @@ import types
 import pytest
 import torch
 
-from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import rows_from, tokenize_rows
+from d2o_fast.config import D2OConfig, load_judge
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.row import prompt_text
+from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError
-from d2o_fast.training.evaluate import judge_model, load_judge, prompt_text
+from d2o_fast.training.evaluate import judge_model
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 CUT = {"max_length": 32, "max_completion_length": 28, "truncation_mode": "keep_end"}

@@ -16,15 +16,17 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from d2o_fast import D2OTrainer
 from d2o_fast.anchors import filters as filters_module
-from d2o_fast.anchors.build import AnchorStore, expected_fingerprint
-from d2o_fast.anchors.filters import AnchorFilter, ClassifierScorer, Filtered, counts_text, token_overlap
+from d2o_fast.anchors.filters import AnchorFilter, Filtered, counts_text, token_overlap
+from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.inspection import export, inspect
+from d2o_fast.anchors.scorers import ClassifierScorer
 from d2o_fast.anchors.shards import SCHEMA, check_shard, read_manifest, read_shard, write_shard
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.cli import main
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
+from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError, DataError
-from d2o_fast.forward.batch import Example
 from test_anchors import CHAT_ROW, CONFIG, build, naive_logp
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 

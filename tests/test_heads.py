@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
 from d2o_fast.loss.reference import d2o_loss
-from d2o_fast.model.loading import base_of, decoder_of, head_of
+from d2o_fast.model.parts import base_of, decoder_of, head_of
 from helpers import relative_errors
 
 V, P, R = 61, 3, 4

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from d2o_fast.anchors.build import build_store, expected_fingerprint
-from d2o_fast.anchors.drawing import draw_seed, instructed
+from d2o_fast.anchors.build import build_store
+from d2o_fast.anchors.drawing import draw_seed
+from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.inspection import inspect
-from d2o_fast.data.reading import rows_from, tokenize_rows
+from d2o_fast.anchors.instruction import instructed
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.sampling.generate import sample_responses
 from test_anchors import CHAT_ROW, CONFIG, build, contents, naive_logp

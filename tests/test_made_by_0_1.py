@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.reading import read_rows
 
 MADE = Path(__file__).parent / "support" / "made_by_0_1"

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from d2o_fast import ResponseLayout, d2o_loss, fused_d2o_loss
-from d2o_fast.forward.batch import Example, pack, response_hidden
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import pack, response_hidden
 from d2o_fast.loss.reference import D2OOutput, naive_d2o_loss
-from d2o_fast.model.loading import decoder_of, head_of
+from d2o_fast.model.parts import decoder_of, head_of
 from ops_cases import problem
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 

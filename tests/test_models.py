@@ -10,10 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast.config import D2OConfig
+from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
-from d2o_fast.forward.batch import Example, pack, response_hidden
+from d2o_fast.forward.batch import pack, response_hidden
 from d2o_fast.loss.reference import naive_linear_logprob, sequence_logps
-from d2o_fast.model.loading import base_of, decoder_of, head_of, load_model, refuse_moving_positions
+from d2o_fast.model.loading import load_model
+from d2o_fast.model.parts import base_of, decoder_of, head_of, refuse_moving_positions
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
 

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from d2o_fast.forward.batch import Example, pack, pack_shared, row_tokens
-from d2o_fast.forward.shared_row import SharedRow, Spans, micro_batches, slices_index, take_rows
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import micro_batches, pack, pack_shared, row_tokens
+from d2o_fast.forward.shared_row import SharedRow, Spans, slices_index, take_rows
 
 ROW = SharedRow((3, 1), ((2, 4), (1, 2, 3)))
 #      prompts 0-2, 3; responses 4-5, 6-9 | 10, 11-12, 13-15

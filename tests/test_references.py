@@ -20,17 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2o_fast import D2OConfig, D2OTrainer, ResponseLayout, d2o_loss
 from d2o_fast.anchors import fingerprint as fingerprint_module
 from d2o_fast.anchors import references as references_module
-from d2o_fast.anchors.build import AnchorStore, expected_fingerprint
+from d2o_fast.anchors.build import open_store
+from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.inspection import inspect
 from d2o_fast.anchors.references import References
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.cli import main
 from d2o_fast.data.reading import rows_from
+from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError, FingerprintError
-from d2o_fast.forward.batch import Example
 from d2o_fast.model.adapters import is_fresh
 from d2o_fast.model.identity import identity_of
 from d2o_fast.model.loading import load_model
-from d2o_fast.prepare import open_store
 from d2o_fast.training.metrics import read_log
 from test_anchors import CHAT_ROW, CONFIG, build, contents
 from test_checkpoint import Stop, stop_at

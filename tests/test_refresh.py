@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.errors import D2OError
-from d2o_fast.model.loading import base_of
+from d2o_fast.model.parts import base_of
 from d2o_fast.sampling.generate import sample_responses
 from d2o_fast.training.checkpoint import checkpoints
 from d2o_fast.training.metrics import read_log

@@ -22,9 +22,9 @@ import pytest
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.dry_run import describe
 from d2o_fast.data.on_disk import Digests, Part, RowFile, rows_digest, taken
-from d2o_fast.data.reading import Row, read_rows, rows_from, split_by_prompt, without_duplicates
+from d2o_fast.data.reading import read_datasets, read_rows, rows_from, split_by_prompt, without_duplicates
+from d2o_fast.data.row import Row
 from d2o_fast.errors import D2OError, DataError
-from d2o_fast.prepare import read_datasets
 from tiny import tiny_rows, tiny_tokenizer
 
 USER = [{"role": "user", "content": "how?\n\u2028é \U0001f600", "name": "half \ud83d", "weight": 0.1, "tags": ["a"]}]

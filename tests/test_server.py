@@ -22,13 +22,15 @@ import pytest
 import torch
 
 from benchmarks.serving import Proxy, free_port, transformers_serve
-from d2o_fast.anchors.build import AnchorStore, build_store, expected_fingerprint
+from d2o_fast.anchors.build import build_store
+from d2o_fast.anchors.fingerprint import expected_fingerprint
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import rows_from, tokenize_rows
-from d2o_fast.data.tokens import tokenize_drawn
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.sampling import server as server_module
-from d2o_fast.sampling.protocol import Draw, Sampling, ServerPrompt, request_seed
+from d2o_fast.sampling.protocol import Draw, Sampling, ServerPrompt, request_seed, tokenize_drawn
 from d2o_fast.sampling.server import ServerSampler
 from test_anchors import contents, naive_logp
 from test_sampling import chi_square_excess, next_token, peaked_model

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.equality import MODELS, build, errors, fp64_throughout, logps_and_gradients, single_sequences
-from d2o_fast.cli import parse
+from d2o_fast.arguments import parse
 from d2o_fast.config import D2OConfig
+from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward import sharing
-from d2o_fast.forward.batch import Example, pack, pack_shared, response_hidden
-from d2o_fast.forward.sharing import EAGER, SharingRefused, choose_sharing, install
-from d2o_fast.model.loading import decoder_of
+from d2o_fast.forward.batch import pack, pack_shared, response_hidden
+from d2o_fast.forward.hook import EAGER, SharingRefused, install
+from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.model.parts import decoder_of
 from helpers import relative_errors
 
 EXAMPLES = [

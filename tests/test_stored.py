@@ -13,11 +13,10 @@ import pytest
 
 from benchmarks.data import SHARD, K, write_store
 from d2o_fast.anchors import store as stored
-from d2o_fast.anchors.build import AnchorStore
 from d2o_fast.anchors.inspection import export, inspect
-from d2o_fast.data.reading import Row
+from d2o_fast.anchors.store import AnchorStore
+from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from d2o_fast.forward.batch import Example
 from test_anchors import build
 from tiny import tiny_rows
 

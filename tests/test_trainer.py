@@ -17,12 +17,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors.build import AnchorStore, build_store
+from d2o_fast.anchors.build import build_store
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.forward.batch import pack, response_hidden, row_tokens
 from d2o_fast.loss.reference import naive_d2o_loss
-from d2o_fast.model.loading import decoder_of, head_of
+from d2o_fast.model.parts import decoder_of, head_of
 from d2o_fast.training import trainer as trainer_module
 from d2o_fast.training.metrics import read_log
 from d2o_fast.training.step import adamw, batch_loss, schedule

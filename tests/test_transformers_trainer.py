@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from d2o_fast import D2OConfig, D2OTrainer
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.training.order import Order
 from tiny import save_tiny, tiny_rows
 

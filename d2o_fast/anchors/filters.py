@@ -8,29 +8,22 @@ K anchors of one prompt.
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from d2o_fast.anchors.scorers import load_scorer
 from d2o_fast.config import DEFAULTS, D2OConfig, having
-from d2o_fast.data.reading import Row
-from d2o_fast.data.tokens import shortened
-from d2o_fast.errors import D2OError, DataError
-from d2o_fast.forward.batch import Example
-from d2o_fast.training.evaluate import load_judge, prompt_text
+from d2o_fast.data.row import Example, Row
+from d2o_fast.errors import DataError, shortened
 
 #: Why a draw was dropped, in the order in which it is asked; "surplus" are those beyond the K first or K best.
 REASONS = ("empty", "truncated", "overlap", "duplicate", "score", "surplus")
-SCORE_BATCH = 16  #: texts that a classifier reads at a time
 
 
 @dataclass(frozen=True)
@@ -127,112 +120,6 @@ def token_overlap(anchor: Sequence[int], negative: Sequence[int], ends: set[int]
 
 
 # --- Scores ------------------------------------------------------------------------------------------------------
-
-Pair = tuple[Row, str]  #: a row and the text of a response to its prompt
-
-
-class FunctionScorer:
-    """``score(prompt, response) -> float`` of the user's; the prompt as a judge sees it (``prompt_text``)."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.function = name, load_judge(name, "anchor_score")
-
-    def __call__(self, pairs: Sequence[Pair]) -> list[Any]:
-        return [self.function(prompt_text(row), response) for row, response in pairs]
-
-    def source(self) -> str | None:
-        """The text of the module that defines the function; None where there is none (a builtin, an extension)."""
-        module = inspect.getmodule(self.function)
-        try:
-            return None if module is None else inspect.getsource(module)
-        except (OSError, TypeError):
-            return None
-
-
-class ClassifierScorer:
-    """The single output of a sequence classifier: a reward model, or what else gives higher numbers to better texts.
-
-    Where its own tokenizer has a chat template, prompt and response go through it as messages (a prompt that is a
-    string as the user's); otherwise as two texts.
-
-    Raises:
-        D2OError: it cannot be loaded, has no trained head, or not exactly one output.
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, path = name, os.path.expanduser(name)
-        what = f"anchor_score '{name}'"
-        if name.startswith((".", "/", "~")) and not Path(path).is_dir():
-            raise D2OError(f"{what} is not a folder; a function is named like 'package.module:function'")
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype="auto", output_loading_info=True
-            )
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
-            raise D2OError(
-                f"{what} cannot be loaded as a sequence classifier with its tokenizer: {error}. A function is named "
-                "like 'package.module:function'"
-            ) from error
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:4])
-            raise D2OError(f"{what} holds no trained classifier (missing: {missing}): its scores would be random")
-        if model.config.num_labels != 1:
-            labels = ", ".join(map(str, model.config.id2label.values()))
-            raise D2OError(
-                f"{what} has {model.config.num_labels} outputs ({labels}), and a score is one number. Name a function "
-                "'package.module:function' that calls it and returns the one that is meant"
-            )
-        self.model: Any = model.to(device).eval()
-        pad = model.config.get_text_config().pad_token_id
-        # A decoder reads its score at the last token that is no padding by its own configuration. Where that and the
-        # tokenizer's differ, texts go one by one, without padding.
-        self.batch = SCORE_BATCH if pad is not None and pad == self.tokenizer.pad_token_id else 1
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        self.longest = min(self.tokenizer.model_max_length, longest)
-
-    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(pairs), self.batch):
-            encoded = [self._encode(row, response) for row, response in pairs[start : start + self.batch]]
-            batch = self.tokenizer.pad(encoded, padding_side="right", return_tensors="pt", verbose=False)
-            with torch.no_grad():
-                logits = self.model(**batch.to(self.model.device)).logits
-            scores += logits.float().flatten().tolist()
-        return scores
-
-    def _encode(self, row: Row, response: str) -> Any:
-        if self.tokenizer.chat_template is None:
-            encoded = self.tokenizer(prompt_text(row), response)
-        else:
-            messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-            text = self._rendered(row, [*messages, {"role": "assistant", "content": response}])
-            encoded = self.tokenizer(text, add_special_tokens=False)
-        count = len(encoded["input_ids"])
-        if count > self.longest:
-            found = f"prompt and response are {count} tokens to anchor_score '{self.name}', which reads {self.longest}"
-            raise DataError(row.source, row.index, "anchors", found, "Lower max_length, or use another scorer")
-        return encoded
-
-    def _rendered(self, row: Row, messages: list[dict[str, Any]]) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # a template raises what its author chose
-            found = f"the chat template of anchor_score '{self.name}' refuses these messages ({shortened(str(error))})"
-            raise DataError(row.source, row.index, "prompt", found, "Check the roles and their order") from error
-
-
-Scorer = FunctionScorer | ClassifierScorer
-
-
-def load_scorer(name: str, device: torch.device) -> Scorer:
-    """What ``anchor_score`` names: ``"package.module:function"``, or the folder or hub name of a sequence classifier.
-
-    Raises:
-        D2OError: neither can be loaded, or it is not fit to score.
-    """
-    is_function = ":" in name and not Path(os.path.expanduser(name)).is_dir()
-    return FunctionScorer(name) if is_function else ClassifierScorer(name, device)
 
 
 # --- What is said of it ------------------------------------------------------------------------------------------

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.anchors.filters import FunctionScorer, load_scorer
 from d2o_fast.anchors.references import References
+from d2o_fast.anchors.scorers import FunctionScorer, load_scorer
 from d2o_fast.anchors.shards import FORMAT
 from d2o_fast.config import D2OConfig, having
 from d2o_fast.data.on_disk import rows_digest
-from d2o_fast.data.reading import Row, stop_token_ids
+from d2o_fast.data.row import Row
+from d2o_fast.data.tokens import stop_token_ids
 from d2o_fast.model.identity import config_digest, digest, tokenizer_digest, weights_digest
-from d2o_fast.model.loading import base_of
+from d2o_fast.model.parts import base_of
 
 #: kinds of `drop_anchors`, each a field of its own as in stores of older versions
 _DROPPED = ("duplicate", "empty", "truncated")

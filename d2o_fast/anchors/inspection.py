@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2o_fast.anchors.build import AnchorStore
 from d2o_fast.anchors.filters import counts_text, token_overlap
 from d2o_fast.anchors.references import describe_references
 from d2o_fast.anchors.shards import read_manifest
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.dry_run import histogram
 from d2o_fast.data.on_disk import Digests
-from d2o_fast.data.tokens import shortened
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, shortened
 
 _COLUMNS = (
     *("row", "source", "source_row", "sampled", "prompt", "rejected", "anchors", "prompt_tokens", "anchors_ids"),

@@ -18,22 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.anchors.scoring import reference_logps
 from d2o_fast.config import D2OConfig
+from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
-from d2o_fast.forward.batch import Example
 from d2o_fast.forward.sharing import choose_sharing
 from d2o_fast.model.adapters import adapter_base, as_initial
 from d2o_fast.model.identity import Identity, identity_of
-from d2o_fast.model.loading import (
-    decoder_of,
-    has_tokenizer,
-    load_model,
-    load_tokenizer,
-    pad_token_id,
-    quiet_transformers,
-    refuse_moving_positions,
-    refuse_quantised,
-    vocabulary_size,
-)
+from d2o_fast.model.loading import has_tokenizer, load_model, load_tokenizer, quiet_transformers
+from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_moving_positions, refuse_quantised, vocabulary_size
 
 SIDES = ("neg", "pos")
 _NAMES = ("weights", "model_config", "adapter")  # of an Identity's fields in the fingerprint
@@ -50,7 +41,7 @@ def describe_references(fingerprint: Mapping[str, Any], names: Mapping[str, str 
     """Who scored, in words.
 
     Args:
-        fingerprint: a store's, or that of anchors drawn anew (``refresh.py``).
+        fingerprint: a store's, or that of anchors drawn anew (``training/refresh.py``).
         names: ``reference_names`` of the settings that it was made with.
     """
     initial = "the initial model" + (" with the adapter it came with" if fingerprint["adapter"] else "")

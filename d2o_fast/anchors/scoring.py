@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.forward.batch import Example, PackedBatch, pack, pack_shared, response_hidden, row_tokens
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import PackedBatch, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.loss.ops import linear_logprob
 from d2o_fast.loss.reference import sequence_logps
-from d2o_fast.model.loading import autocast, head_of
-from d2o_fast.sampling.generate import evaluating
+from d2o_fast.model.parts import autocast, evaluating, head_of
 
 SCORE_TOKENS = 16384  #: tokens that one scoring batch may hold, padding included, unless a single prompt has more
 

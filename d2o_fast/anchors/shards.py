@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2o_fast.errors import D2OError
+from d2o_fast.files import _replace_file
 
 FORMAT = 2  #: of these files; a part of the fingerprint
 SCHEMA = pa.schema(
@@ -151,16 +152,51 @@ def _verified(path: Path, digest: str) -> bytes:
     return data
 
 
-def _replace_file(path: Path, data: bytes) -> None:
-    """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+CACHE_BYTES = 64 << 20  #: of decoded shards that a store keeps; a token takes 4
+
+
+class Shards:
+    """The shards of a store that were whole when it was opened.
+
+    Args:
+        size: rows of each, the last one's aside.
+        digests: the SHA-256 with which each was verified; None where there is none yet.
+    """
+
+    def __init__(self, folder: Path, size: int, digests: Sequence[str | None]) -> None:
+        self.folder, self.size, self.digests = folder, size, digests
+        self._kept: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def record(self, i: int, columns: tuple[str, ...]) -> dict[str, Any]:
+        """Row ``i`` of the store.
+
+        Raises:
+            D2OError: its shard is gone, or not what it was when the store was opened.
+        """
+        shard, place = divmod(i, self.size)
+        return self._table(shard, columns).slice(place, 1).to_pylist()[0]
+
+    def records(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """The rows of all shards that are there, in order.
+
+        Raises:
+            D2OError: as ``record``.
+        """
+        for shard, digest in enumerate(self.digests):
+            if digest is not None:
+                yield from read_shard(self.folder, shard, digest, columns).to_pylist()
+
+    def _table(self, shard: int, columns: tuple[str, ...]) -> pa.Table:
+        key = shard, columns
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        digest = self.digests[shard]
+        assert digest is not None, f"shard {shard} was not there when the store was opened"
+        table = read_shard(self.folder, shard, digest, columns)
+        self._bytes += table.nbytes
+        self._kept[key] = table
+        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return table

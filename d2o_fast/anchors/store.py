@@ -6,69 +6,25 @@ last stays, up to ``CACHE_BYTES``, so a store that is smaller is read once.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections import OrderedDict
+import os
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.anchors.shards import read_shard
+from d2o_fast.anchors.fingerprint import fingerprint_digest
+from d2o_fast.anchors.shards import Shards, check_shard, read_manifest, shard_name
 from d2o_fast.data.on_disk import LazySequence
-from d2o_fast.data.reading import Row
-from d2o_fast.forward.batch import Example
+from d2o_fast.data.row import Example, Row
+from d2o_fast.errors import D2OError, FingerprintError
 
 Item = TypeVar("Item")
-
-CACHE_BYTES = 64 << 20  #: of decoded shards that a store keeps; a token takes 4
-
-
-class Shards:
-    """The shards of a store that were whole when it was opened.
-
-    Args:
-        size: rows of each, the last one's aside.
-        digests: the SHA-256 with which each was verified; None where there is none yet.
-    """
-
-    def __init__(self, folder: Path, size: int, digests: Sequence[str | None]) -> None:
-        self.folder, self.size, self.digests = folder, size, digests
-        self._kept: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
-        self._bytes = 0
-
-    def record(self, i: int, columns: tuple[str, ...]) -> dict[str, Any]:
-        """Row ``i`` of the store.
-
-        Raises:
-            D2OError: its shard is gone, or not what it was when the store was opened.
-        """
-        shard, place = divmod(i, self.size)
-        return self._table(shard, columns).slice(place, 1).to_pylist()[0]
-
-    def records(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The rows of all shards that are there, in order.
-
-        Raises:
-            D2OError: as ``record``.
-        """
-        for shard, digest in enumerate(self.digests):
-            if digest is not None:
-                yield from read_shard(self.folder, shard, digest, columns).to_pylist()
-
-    def _table(self, shard: int, columns: tuple[str, ...]) -> pa.Table:
-        key = shard, columns
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        digest = self.digests[shard]
-        assert digest is not None, f"shard {shard} was not there when the store was opened"
-        table = read_shard(self.folder, shard, digest, columns)
-        self._bytes += table.nbytes
-        self._kept[key] = table
-        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return table
 
 
 class Stored(LazySequence[Item]):
@@ -105,3 +61,157 @@ def row_of(record: dict[str, Any]) -> Row:
     read = json.loads if record["chat"] else str
     anchors = None if record["sampled"] else [read(anchor) for anchor in record["anchors"]]
     return Row(read(record["prompt"]), read(record["rejected"]), anchors, record["source"], record["source_row"])
+
+
+class AnchorStore:
+    """Anchors and reference scores of one split of the data, read from a folder that ``build_store`` made."""
+
+    def __init__(self, folder: str, manifest: dict[str, Any], digests: Sequence[str | None]) -> None:
+        self.folder = folder
+        self.fingerprint: dict[str, Any] = manifest["fingerprint"]
+        self.num_rows: int = manifest["num_rows"]
+        self._shards = Shards(Path(folder), self.fingerprint["sampling_batch_size"], digests)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], require_complete: bool = True) -> AnchorStore:
+        """Verifies every shard, and keeps none: rows are read when they are asked for.
+
+        Raises:
+            D2OError: no such folder, no manifest, shards that are missing (unless ``require_complete`` is false) or
+                damaged; each is named.
+        """
+        manifest = read_manifest(Path(folder))
+        digests = [check_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
+        store = cls(str(folder), manifest, digests)
+        if require_complete and store.missing:
+            raise D2OError(
+                f"{folder}: {len(store.missing)} of {len(digests)} shards are missing, the first is "
+                f"{shard_name(store.missing[0])}. Sampling was interrupted: run `d2o sample` again to complete it"
+            )
+        return store
+
+    @property
+    def num_shards(self) -> int:
+        """How many there are when the store is complete."""
+        return len(self._shards.digests)
+
+    @property
+    def num_present(self) -> int:
+        """How many rows are there."""
+        size = self._shards.size
+        return self.num_rows - sum(min(size, self.num_rows - i * size) for i in self.missing)
+
+    @property
+    def missing(self) -> list[int]:
+        """The shards that are not made yet."""
+        return [i for i, digest in enumerate(self._shards.digests) if digest is None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return not self.missing
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint, for a checkpoint to remember its data by."""
+        return fingerprint_digest(self.fingerprint)
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Raises FingerprintError with the name of every field in which ``expected`` differs."""
+        if self.fingerprint != expected:
+            names = [*self.fingerprint, *(name for name in expected if name not in self.fingerprint)]
+            pairs = {name: (self.fingerprint.get(name), expected.get(name)) for name in names}
+            raise FingerprintError(self.folder, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+
+    @functools.cached_property
+    def usable(self) -> Sequence[int]:
+        """Places in the data of the rows that have anchors, ascending; the others lost theirs to the filters."""
+        places = array("Q")
+        for record in self.records("row", "anchors_tokens"):
+            if record["anchors_tokens"]:
+                places.append(record["row"])
+        return range(self.num_rows) if len(places) == self.num_rows else places
+
+    def lost(self) -> str | None:
+        """How many rows have lost all their anchors, the first of them, and where all are listed; None if none has."""
+        count = self.num_rows - len(self.usable)
+        if not count:
+            return None
+        records = self.records("source", "source_row", "anchors_tokens")
+        lost = (f"{r['source']}, row {r['source_row']}" for r in records if not r["anchors_tokens"])
+        places = "; ".join(itertools.islice(lost, 3))
+        return (
+            f"{count} of {self.num_rows} rows lost all their anchors to the filters and are left out ({places}"
+            f"{'; ...' if count > 3 else ''}); `d2o anchors inspect {self.folder}` lists them all with the reasons"
+        )
+
+    def dropped(self) -> Counter[str]:
+        """How many draws are no anchors for each of the ``filters.REASONS``, over all rows."""
+        return Counter(reason for record in self.records("dropped") for reason in record["dropped"])
+
+    def examples(self) -> Sequence[Example]:
+        """Token ids and reference scores of the rows ``usable``, in the order of the data, read when asked for.
+
+        Raises:
+            D2OError: the store is incomplete; later, at a row whose shard is gone or changed since it was opened.
+        """
+        self._require_complete()
+        return Stored(self._shards, self.usable, EXAMPLE_COLUMNS, example_of)
+
+    def rows(self) -> Sequence[Row]:
+        """All rows that the store was made of, as ``examples``; ``anchors`` is None where they were sampled."""
+        self._require_complete()
+        return Stored(self._shards, range(self.num_rows), ROW_COLUMNS, row_of)
+
+    def records(self, *columns: str) -> Iterator[dict[str, Any]]:
+        """These columns (``shards.SCHEMA``) of every row that is there, in order, a shard in memory at a time.
+
+        Raises:
+            D2OError: a shard is gone or changed since the store was opened.
+        """
+        return self._shards.records(columns)
+
+    def _require_complete(self) -> None:
+        if not self.complete:
+            raise D2OError(f"{self.folder}: the store is incomplete; run `d2o sample` again to complete it")
+
+
+def store_record(
+    index: int,
+    row: Row,
+    example: Example,
+    logps: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    dropped: Sequence[str],
+) -> dict[str, Any]:
+    """A row of a shard (``SCHEMA``): ``example`` and its K + 1 log-probabilities in nats, the negative's first.
+
+    ``logps`` is empty where there are no anchors.
+    """
+    if row.anchors is None:
+        anchors = [tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]
+    else:
+        anchors = [_as_text(anchor) for anchor in row.anchors]
+    return {
+        "row": index,
+        "source": row.source,
+        "source_row": row.index,
+        "chat": not isinstance(row.prompt, str),
+        "sampled": row.anchors is None,
+        "prompt": _as_text(row.prompt),
+        "rejected": _as_text(row.rejected),
+        "anchors": anchors,
+        "prompt_ids": example.prompt_ids,
+        "rejected_ids": example.rejected_ids,
+        "anchors_ids": example.anchor_ids,
+        "rejected_ref_logp": logps[0] if logps else None,
+        "anchors_ref_logps": logps[1:],
+        "prompt_tokens": len(example.prompt_ids),
+        "rejected_tokens": len(example.rejected_ids),
+        "anchors_tokens": [len(ids) for ids in example.anchor_ids],
+        "dropped": list(dropped),
+    }
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import Digests
-from d2o_fast.data.reading import Row, prompt_key
+from d2o_fast.data.row import Row, prompt_key
 from d2o_fast.data.tokens import cut_prompt, encode_rows
 
 BAR = 40  #: characters of a histogram's longest bar

@@ -19,14 +19,10 @@ Every fault is one DataError that names the file, the row, the field, what was f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from d2o_fast.data.tokens import shortened
-from d2o_fast.errors import DataError
-
-Messages = list[dict[str, Any]]
-Text = str | Messages
+from d2o_fast.data.row import Messages, Row, Text
+from d2o_fast.errors import DataError, shortened
 
 _UNPAIRED = ("prompt", "completion", "label")
 _SAFE_RLHF = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
@@ -37,17 +33,6 @@ _ACCEPTED = (
     "response_1 + is_response_0_safe + is_response_1_safe, or chosen + rejected as in HH-RLHF and UltraFeedback, or "
     "ms-swift's messages + rejected_response"
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt with one negative. ``index`` is the row in ``source``, from 1: the line of a .jsonl file."""
-
-    prompt: Text
-    rejected: Text  #: a string, or a list of one assistant message
-    anchors: list[Any] | None  #: responses like ``rejected``; None where they are still to be sampled
-    source: str
-    index: int
 
 
 Form = Callable[[dict[str, Any], str, int], Iterator[Row]]  #: record, source and index to the rows of one record

@@ -18,13 +18,12 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from d2o_fast.data.formats import Row
+from d2o_fast.data.row import Row, row_key
 from d2o_fast.errors import D2OError, DataError
 
 Item = TypeVar("Item", covariant=True)
 
 _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_canonical = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 class LazySequence(Sequence[Item]):
@@ -177,11 +176,6 @@ class Digests:
 
     def _array(self) -> np.ndarray:
         return np.frombuffer(self._bytes, dtype="S16")
-
-
-def row_key(row: Row) -> str:
-    """The same for rows with the same prompt, negative and anchors."""
-    return _canonical([row.prompt, row.rejected, row.anchors])
 
 
 def rows_digest(rows: Iterable[Row]) -> str:

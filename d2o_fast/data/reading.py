@@ -1,6 +1,6 @@
 """Negatives from files, the Hugging Face hub or memory, read and checked row by row.
 
-What the columns may be: ``columns.py``; where rows are kept: ``rows.py``; token ids: ``tokens.py``.
+What the columns may be: ``data/formats.py``; where rows are kept: ``data/on_disk.py``; token ids: ``data/tokens.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from d2o_fast.data.formats import USED, Form, Row, form_of, kind
-from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, row_key, taken
-from d2o_fast.data.tokens import shortened, stop_token_ids, tokenize_rows
-from d2o_fast.errors import DataError
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.formats import USED, Form, form_of, kind
+from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, taken
+from d2o_fast.data.row import Row, prompt_key, row_key
+from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
+from d2o_fast.errors import D2OError, DataError, shortened
 
 __all__ = [
     "Row",
@@ -251,9 +253,24 @@ def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row]
     return taken(rows, train), taken(rows, held_out)
 
 
-def prompt_key(row: Row) -> str:
-    """The same for rows whose prompts ask the same: a lone message of the user is its content."""
-    prompt = row.prompt
-    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
-        prompt = prompt[0]["content"]
-    return json.dumps(prompt, sort_keys=True)
+def read_datasets(config: D2OConfig) -> tuple[Sequence[Row], Sequence[Row] | None]:
+    """(training rows, held-out rows or None) as the settings name them.
+
+    Raises:
+        D2OError: no dataset_name, or both eval_dataset_name and eval_fraction.
+        DataError: a fault in the data.
+    """
+    if config.dataset_name is None:
+        raise D2OError("dataset_name is not set; give a .jsonl, .json or .parquet file, or a name on the hub")
+    rows = read_rows(config.dataset_name, config.dataset_split)
+    if config.eval_dataset_name is not None:
+        if config.eval_fraction > 0:
+            raise D2OError("eval_dataset_name and eval_fraction are both set; held-out data come from one of them")
+        held_out = read_rows(config.eval_dataset_name, config.dataset_split)
+        shared = Digests(map(prompt_key, rows)).shared_with(Digests(map(prompt_key, held_out)))
+        if shared:
+            logger.warning("%d prompts of eval_dataset_name are in dataset_name too, and trained on", shared)
+        return rows, held_out
+    if config.eval_fraction > 0:
+        return split_by_prompt(rows, config.eval_fraction)
+    return rows, None

@@ -24,7 +24,8 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from d2o_fast.config import D2OConfig, checked
-from d2o_fast.data.reading import Row, read_rows
+from d2o_fast.data.reading import read_rows
+from d2o_fast.data.row import Row
 from d2o_fast.demo import baselines, world
 from d2o_fast.demo.model import build_tokenizer, feedback_pairs, pretrain
 from d2o_fast.demo.report import DemoResults, MethodResult, Shares, html_report, text_table

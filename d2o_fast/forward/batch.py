@@ -1,45 +1,23 @@
 """From prompts with their responses to one batch: rows for the transformer, packed response tokens for the head.
 
 Either one row for each response, with its prompt before it (``pack``), or a single row that holds each prompt once
-(``pack_shared``, for models that ``sharing.py`` found able to read it). The head sees the same N tokens either way.
+(``pack_shared``, for models that ``forward/sharing.py`` found able to read it). The head sees the same N tokens either way.
 
 Shapes: S responses, T tokens of a row, N response tokens, G prompts, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from d2o_fast.forward.shared_row import SharedRow, micro_batches, slices_index, take_rows
+from d2o_fast.data.row import Example
+from d2o_fast.forward.shared_row import Item, SharedRow, slices_index, take_rows
 from d2o_fast.loss.layout import ResponseLayout, on_device
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt as token ids: what people rejected, and what the model wrote itself."""
-
-    prompt_ids: list[int]
-    rejected_ids: list[int]  #: the negative, ending in EOS unless it was cut
-    anchor_ids: list[list[int]]  #: K anchors
-    #: K + 1 sums in nats: log ref+ of the negative, then log ref- of each anchor; [] if unscored
-    ref_logps: list[float]
-
-    def responses(self) -> list[list[int]]:
-        """The negative first, then the anchors: the order of ``ResponseLayout``."""
-        return [self.rejected_ids, *self.anchor_ids]
-
-    def num_tokens(self) -> int:
-        """Tokens of the data: the prompt before each response, as often as there are responses.
-
-        What the transformer reads is less where prompts are shared. Counted so, tokens per second of runs with and
-        without sharing compare.
-        """
-        return sum(len(self.prompt_ids) + len(response) for response in self.responses())
 
 
 @dataclass(frozen=True)
@@ -94,7 +72,7 @@ def pack(examples: Sequence[Example], pad_token_id: int, min_anchors: int = 1) -
 
 
 def pack_shared(examples: Sequence[Example], watch: bool = False, min_anchors: int = 1) -> PackedBatch:
-    """All prompts and then all responses as one row (``packing.py``).
+    """All prompts and then all responses as one row (``forward/shared_row.py``).
 
     Args:
         watch: the row notes every attention call.
@@ -182,3 +160,33 @@ def response_hidden(decoder: nn.Module, batch: PackedBatch) -> torch.Tensor:
         hidden = take_rows(output.last_hidden_state[0], batch.predict_index, batch.row.predicting())
     device = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def micro_batches(
+    items: Sequence[Item], length: Callable[[Item], int], cost: Callable[[Sequence[Item]], int], budget: int
+) -> list[list[Item]]:
+    """``items`` in as few batches of neighbours in length as ``budget`` allows, and these as even as they can be.
+
+    A function of its arguments alone. Each batch costs at most ``budget``, unless it is a single item.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    batches = _fill(ordered, cost, budget)
+    # The smallest limit that needs no more batches: the last one is then not a small rest.
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(ordered, cost, middle)) > len(batches):
+            low = middle + 1
+        else:
+            high = middle
+    return _fill(ordered, cost, high)
+
+
+def _fill(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], limit: int) -> list[list[Item]]:
+    batches: list[list[Item]] = []
+    for item in items:
+        if batches and cost([*batches[-1], item]) <= limit:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches

@@ -147,7 +147,7 @@ def _window(window: int | None) -> dict[str, int]:
 class FlashAttnPackage:
     """The flash-attn package (2.8 or later), for models loaded with attn_implementation="flash_attention_2".
 
-    Written to its interface and not run yet; the comparison before the first step (``sharing.py``) judges it.
+    Written to its interface and not run yet; the comparison before the first step (``forward/sharing.py``) judges it.
     """
 
     name, windows, softcaps = "the flash-attn package (unverified)", True, True

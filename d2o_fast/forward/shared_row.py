@@ -2,7 +2,7 @@
 
     [ p_0 | p_1 | ... | r_00 .. r_0K | r_10 .. r_1K | ... ]
 
-Prompts stand first, so that both halves of the attention (``attention.py``) read contiguous slices of the row. Every
+Prompts stand first, so that both halves of the attention (``forward/attention.py``) read contiguous slices of the row. Every
 length is known on the host; the offsets that kernels need are copied to the device without waiting for it.
 
 Shapes: T tokens of a row, TP of them prompts', G prompts, S responses, R tokens of a response.
@@ -10,7 +10,7 @@ Shapes: T tokens of a row, TP of them prompts', G prompts, S responses, R tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -66,7 +66,7 @@ class SharedRow:
     Args:
         prompts: tokens of each prompt, (G,).
         responses: tokens of each response of each prompt, in the row's order.
-        seen: filled by every attention call if it is a list; for the check before the first use (``sharing.py``).
+        seen: filled by every attention call if it is a list; for the check before the first use (``forward/sharing.py``).
 
     Raises:
         ValueError: an empty prompt or response, or a prompt without responses.
@@ -184,33 +184,3 @@ class _TakeRows(torch.autograd.Function):
 def take_rows(x: torch.Tensor, index: torch.Tensor, pieces: Sequence[Slice]) -> torch.Tensor:
     """Rows of ``x`` (T, ...) by ``pieces``, of which ``index`` is the ``slices_index`` on x's device."""
     return _TakeRows.apply(x, index, pieces)
-
-
-def micro_batches(
-    items: Sequence[Item], length: Callable[[Item], int], cost: Callable[[Sequence[Item]], int], budget: int
-) -> list[list[Item]]:
-    """``items`` in as few batches of neighbours in length as ``budget`` allows, and these as even as they can be.
-
-    A function of its arguments alone. Each batch costs at most ``budget``, unless it is a single item.
-    """
-    ordered = sorted(items, key=length, reverse=True)
-    batches = _fill(ordered, cost, budget)
-    # The smallest limit that needs no more batches: the last one is then not a small rest.
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill(ordered, cost, middle)) > len(batches):
-            low = middle + 1
-        else:
-            high = middle
-    return _fill(ordered, cost, high)
-
-
-def _fill(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], limit: int) -> list[list[Item]]:
-    batches: list[list[Item]] = []
-    for item in items:
-        if batches and cost([*batches[-1], item]) <= limit:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches

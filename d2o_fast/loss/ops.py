@@ -2,7 +2,7 @@
 
 Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 
-``fused_d2o_loss`` computes its gradient together with the loss, in one pass (``chunked.py``): three N x H x V
+``fused_d2o_loss`` computes its gradient together with the loss, in one pass (``loss/walk.py``): three N x H x V
 products with a trainable head, two with a frozen one, one where nothing needs a gradient. ``linear_logprob`` takes
 any upstream gradient and computes the logits a second time for it.
 
@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
+from d2o_fast.loss.engine import Engine, Head, Needs
 from d2o_fast.loss.layout import ResponseLayout
 from d2o_fast.loss.matmul import exact_products, wide_dtype
 from d2o_fast.loss.reference import D2OOutput, Margin
 from d2o_fast.loss.torch_engine import TorchEngine
-from d2o_fast.loss.walk import Engine, Head, MarginWalk, Needs
+from d2o_fast.loss.walk import MarginWalk
 
 #: Default ``workspace_bytes`` by device type. A GPU's holds 12 responses of 128 tokens at V = 128256 whole; a CPU's
 #: gives chunks of some hundred tokens, past which its products grow no faster.

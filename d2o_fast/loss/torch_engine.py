@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from d2o_fast.loss.engine import Engine, Needs, Totals, split
 from d2o_fast.loss.matmul import multiplies_bf16, product_
-from d2o_fast.loss.walk import Engine, Needs, Totals, split
 
 BLOCK_BYTES = 12 << 20  #: of a block's logits, and of its widened weight, whichever has more
 MAX_TILE = 1024  #: tokens that pass by a block of the weight together where no logits are kept

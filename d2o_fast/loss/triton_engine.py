@@ -17,8 +17,8 @@ from d2o_fast.kernels.filtered_products import filtered_products
 from d2o_fast.kernels.group_loss import group_loss
 from d2o_fast.kernels.linear_logprob import linear_logprob_forward
 from d2o_fast.kernels.logit_grad import logit_grad_, logit_stats
+from d2o_fast.loss.engine import Engine, Needs, Totals, split
 from d2o_fast.loss.matmul import product_
-from d2o_fast.loss.walk import Engine, Needs, Totals, split
 
 
 class TritonEngine(Engine):

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 
 
@@ -103,3 +105,43 @@ def adapter_of(model: Any) -> tuple[Any, dict[str, Any]]:
         raise D2OError(f"the model has {len(model.peft_config)} adapters ({names}); keep the one to train")
     ((name, config),) = model.peft_config.items()
     return config, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def add_adapter(model: Any, config: D2OConfig, peft_config: Any = None) -> Any:
+    """The model with a fresh adapter if one is asked for, else as it is. Its initial values are seeded by ``seed``.
+
+    Raises:
+        D2OError: peft is missing, the model has adapters already, or the configuration does not fit it.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if adapters is not None:
+        if peft_config is not None or config.use_peft:
+            raise D2OError("the model has an adapter already; leave peft_config and use_peft out")
+        if len(adapters) > 1:
+            raise D2OError(f"the model has {len(adapters)} adapters ({', '.join(adapters)}); keep the one to train")
+    elif peft_config is not None or config.use_peft:
+        model = _with_lora(model, config, peft_config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise D2OError("no parameter of the model requires a gradient; load the adapter with is_trainable=True")
+    return model
+
+
+def _with_lora(model: PreTrainedModel, config: D2OConfig, peft_config: Any) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise D2OError(f"LoRA needs peft ({error}); pip install 'd2o-fast[lora]'") from error
+    if peft_config is None:
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise D2OError(f"LoRA does not fit {type(model).__name__}: {error}. Set lora_target_modules") from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from d2o_fast.model.adapters import adapter_of, is_fresh
-from d2o_fast.model.loading import base_of
+from d2o_fast.model.parts import base_of
 
 # Keys of a model's configuration that leave its log-probabilities as they are; EOS enters by stop_token_ids.
 _NO_EFFECT = {

@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
-from d2o_fast.loss.reference import naive_linear_logprob
-from d2o_fast.loss.walk import Head
 from d2o_fast.model.adapters import adapter_base, put_adapter
-from d2o_fast.sampling.generate import evaluating
+from d2o_fast.model.parts import base_of, refuse_quantised
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -98,123 +96,6 @@ def _tokenizer_place(name: str) -> str | None:
     return None
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows with. Padding stands right of the real tokens, which never see it."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a PeftModel (its adapters stay active), or the model itself.
-
-    Raises:
-        D2OError: prompt-learning adapters, which put tokens of their own before the prompt; an adapter in a model that
-            is no PeftModel.
-    """
-    adapters: Any = getattr(model, "peft_config", None)
-    if adapters is None:
-        return model  # type: ignore[return-value]
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
-        raise D2OError("prompt-learning adapters (prefix, prompt or p-tuning) are not supported; use LoRA")
-    if not hasattr(model, "get_base_model"):
-        raise D2OError(
-            f"{type(model).__name__} holds an adapter but is no PeftModel: load its base, and the adapter on it with "
-            "peft.PeftModel.from_pretrained(..., is_trainable=True)"
-        )
-    return model.get_base_model()  # type: ignore[operator]
-
-
-def vocabulary_size(model: Any) -> int:
-    """Ids below it have both an embedding and a row of the head."""
-    embedding: Any = base_of(model).get_input_embeddings()
-    return min(head_of(model).weight.shape[0], embedding.weight.shape[0])
-
-
-def head_of(model: nn.Module) -> Head:
-    """Weight, bias, softcap and logit scale of the model's head.
-
-    Raises:
-        D2OError: a head that is not a plain linear layer (an adapter on it would be ignored in silence otherwise).
-    """
-    base = base_of(model)
-    layer = base.get_output_embeddings()
-    if type(layer) is not nn.Linear:
-        found = "nothing" if layer is None else type(layer).__name__
-        raise D2OError(
-            f"the head of {type(base).__name__} is {found}, not a plain linear layer. The fused loss reads its weight "
-            "directly and would ignore an adapter or a quantised form: leave lm_head out of lora_target_modules and "
-            "modules_to_save, and load it unquantised"
-        )
-    config = base.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logit_scale", None):  # Cohere: logits are multiplied by it
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None):  # Granite: logits are divided by it
-        scale = 1.0 / float(config.logits_scaling)
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of the model that ends in the head's input: ``decoder(input_ids=...).last_hidden_state`` is (S, T, H).
-
-    Runs decoder and head once beside the whole model on a few tokens and compares, so that a model whose ``forward``
-    does more than ``head_of`` knows of is refused and never trained on other logits than its own.
-
-    Raises:
-        D2OError: the two disagree, or the model has no separate decoder.
-    """
-    base, head = base_of(model), head_of(model)
-    decoder = base.base_model
-    if decoder is base:
-        raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
-    with evaluating(base), torch.no_grad():
-        tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
-        logits = base(input_ids=tokens, use_cache=False).logits[0].float()
-        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        targets = logits.argmax(-1)
-        expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
-    tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.1
-    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
-        raise D2OError(
-            f"{type(base).__name__}: its own logits differ from decoder + head (log-probabilities {expected.tolist()} "
-            f"against {found.tolist()}): its forward does more to the logits than is known here"
-        )
-    return decoder
-
-
-def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
-    """
-    Raises:
-        D2OError: rotary factors that depend on the longest row of a batch: a score would depend on its neighbours, and
-            a reference scored beside other prompts than the policy would not match it.
-    """
-    settings = base_of(model).config.get_text_config()
-    parameters = getattr(settings, "rope_parameters", None) or {}
-    for found in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if found.get("rope_type") not in ("dynamic", "longrope"):
-            continue
-        limit = (
-            found.get("original_max_position_embeddings")
-            or getattr(settings, "original_max_position_embeddings", None)
-            or settings.max_position_embeddings
-        )
-        if config.max_length > limit:
-            raise D2OError(
-                f"max_length is {config.max_length}, but past {limit} tokens {type(base_of(model)).__name__} changes "
-                f"the position embeddings of a whole batch (rope_type '{found['rope_type']}'), so that a response's "
-                f"log-probability would depend on the prompts beside it. Set max_length to {limit} or less"
-            )
-
-
-def refuse_quantised(model: nn.Module, what: str) -> None:
-    """
-    Raises:
-        D2OError: quantised weights; ``what`` is the model's name in the message.
-    """
-    if getattr(base_of(model), "is_quantized", False):
-        raise D2OError(f"{what} is quantised; D2O takes fp32 master weights (with LoRA too): load it unquantised")
-
-
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers' own inside: they would break up the training's."""
@@ -225,11 +106,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
-
-
-def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 compute over fp32 master weights where ``config.dtype`` asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def _base_under(name: str, setting: str) -> str | None:
@@ -246,3 +122,77 @@ def _known(name: str, setting: str) -> str:
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise D2OError(f"{setting} '{name}' is not a folder")
     return os.path.expanduser(name)
+
+
+def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
+    """The model with fp32 master weights on the device, liger-kernel's parts in it where asked for.
+
+    A model object is changed in place.
+
+    Raises:
+        D2OError: it cannot be loaded, is quantised, or liger-kernel cannot serve it here.
+    """
+    if isinstance(model, str):
+        with quiet_transformers():
+            model = load_model(config, model)
+    base = base_of(model)
+    refuse_quantised(model, "the model")
+    model = model.float().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.use_liger_kernel:
+        _apply_liger(base)
+    return model
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    if model.device.type != "cuda":
+        raise D2OError("use_liger_kernel needs a CUDA device, and none is here; leave it out")
+    try:
+        from liger_kernel.transformers.monkey_patch import (
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError as error:
+        raise D2OError(f"use_liger_kernel: {error}; pip install 'd2o-fast[gpu]'") from error
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise D2OError(f"use_liger_kernel: liger-kernel has nothing for models of type '{kind}'; leave it out")
+    # The head and its loss are ours.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Puts the weights that ``save_pretrained`` wrote into ``folder`` into ``model``, in place.
+
+    Raises:
+        D2OError: they belong to another model.
+    """
+    try:
+        if hasattr(model, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            (name,) = model.peft_config
+            found = load_peft_weights(str(folder if name == "default" else folder / name), device="cpu")
+            result: Any = set_peft_model_state_dict(model, found, adapter_name=name)
+            if result.unexpected_keys:
+                raise RuntimeError(f"unexpected keys {result.unexpected_keys[:4]}")
+        else:
+            # from_pretrained and not the file itself: transformers may store weights under other names than it runs.
+            with quiet_transformers():
+                saved = type(model).from_pretrained(folder, dtype=torch.float32)
+            model.load_state_dict(saved.state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise D2OError(f"{folder}: its weights do not fit {type(base_of(model)).__name__}: {error}") from error
+
+
+def trained_model(config: D2OConfig, folder: str) -> Any:
+    """The model that ``D2OTrainer`` wrote into ``folder``; an adapter is put on the initial model, in place of its own.
+
+    Raises:
+        D2OError: there is none.
+    """
+    if not Path(folder, "adapter_config.json").exists():
+        if Path(folder).is_dir() and not Path(folder, "config.json").exists():
+            raise D2OError(f"'{folder}' holds no trained model; run `d2o train` first, or name it with --eval_model")
+        return initial_model(config, folder)
+    initial = config.model_name_or_path
+    return put_adapter(initial_model(config, adapter_base(initial) or initial), folder)

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from d2o_fast.errors import D2OError
+from d2o_fast.model.parts import evaluating
 
 
 def sample_responses(
@@ -81,18 +81,6 @@ def sample_responses(
         for i, response in enumerate(prompt_responses):
             prompt_responses[i] = _until_eos(response, set(eos_token_ids), max_new_tokens)
     return responses
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

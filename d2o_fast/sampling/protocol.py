@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2o_fast.errors import D2OError
+from transformers import PreTrainedTokenizerBase
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.row import Row
+from d2o_fast.data.tokens import _Encoder
+from d2o_fast.errors import D2OError, DataError
 
 
 @dataclass(frozen=True)
@@ -191,3 +196,40 @@ def short(text: str) -> str:
     """One line of at most 200 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def tokenize_drawn(
+    rows: Sequence[Row],
+    drawn: Sequence[Sequence[Draw]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: D2OConfig,
+    stops: Sequence[int],
+) -> list[list[list[int]]]:
+    """Token ids of responses that a server drew.
+
+    They are those that it tells. A text without them is tokenised where it stands, right behind its prompt, and then
+    alone if a token would span the boundary; the ids need not be those that were drawn (a text has several
+    tokenisations), but they are the ones that are scored and trained on. One that a stop token ended, and that does not
+    hold it, gets the token that the negatives end with; one that ended by its length gets none. What is a stop token,
+    or spells one, ends there; what is longer than ``max_completion_length`` is cut to it.
+
+    Raises:
+        DataError: no tokens at all are left.
+    """
+    encoder = _Encoder(tokenizer)
+    out = []
+    for row, draws in zip(rows, drawn, strict=True):
+        end = [encoder.end(row)]
+        texts = [draw.text for draw in draws if draw.token_ids is None]
+        tokenised = iter(encoder.continuations(row, texts) if texts else [])
+        responses = []
+        for draw in draws:
+            ids = next(tokenised) if draw.token_ids is None else list(draw.token_ids)
+            stop = next((i for i, token in enumerate(ids) if token in stops), None)
+            ids = ids[: stop + 1] if stop is not None else [*ids, *(end if draw.ended else [])]
+            if not ids:
+                found = f"the sampler returned {draw.text!r}, of which the tokenizer makes no tokens"
+                raise DataError(row.source, row.index, "anchors", found, "Change sampling_seed")
+            responses.append(ids[: config.max_completion_length])
+        out.append(responses)
+    return out

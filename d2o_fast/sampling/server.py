@@ -5,7 +5,7 @@ Plain prompts go to ``/v1/completions`` as text, messages to ``/v1/chat/completi
 explicitly: servers fill in what is left out from the model's ``generation_config``.
 
 Where a server returns the ids of the tokens it drew, they are the anchor; where it returns text alone, that is made
-into tokens again (``tokens.py``).
+into tokens again (``data/tokens.py``).
 
 A prompt's K draws are asked for at once (``n``); whatever a server leaves out (``transformers serve`` ignores ``n``) is
 asked for one by one. What can pass (a refused connection, a time-out, 429, 5xx, half an answer) is tried again with the

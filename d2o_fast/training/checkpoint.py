@@ -17,8 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ import torch
 
 from d2o_fast.config import D2OConfig, fixed
 from d2o_fast.errors import D2OError
+from d2o_fast.files import FINAL, TEMPORARY, atomic_folder
 from d2o_fast.forward.sharing import Sharing
 
-PREFIX, TEMPORARY, FINAL = "checkpoint-", ".tmp-", ".tmp-final"
+PREFIX = "checkpoint-"
 
 
 @dataclass
@@ -43,7 +43,9 @@ class TrainerState:
     metrics: dict[str, float] = field(default_factory=dict)  #: the last ones of training and of evaluation
     config: dict[str, Any] = field(default_factory=dict)
     shared: bool | None = None  #: whether prompts are shared; None before the first step
-    window: str | None = None  #: digest of the anchors that were drawn last (``refresh.py``); None: the store's
+    window: str | None = (
+        None  #: digest of the anchors that were drawn last (``training/refresh.py``); None: the store's
+    )
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -203,57 +205,6 @@ def load_tensors(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda)
     return extra
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that appears as ``path``, whole and on the disk, when the block ends without an error."""
-    folder = path.with_name(f"{TEMPORARY}{path.name}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    _sync(folder)
-    os.rename(folder, path)
-    _fsync(path.parent)
-
-
-@contextmanager
-def replace_files(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files replace those of the same names in ``folder`` when the block ends.
-
-    Each is moved whole, the weights last.
-    """
-    temporary = folder / FINAL
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    yield temporary
-    _sync(temporary)
-    files = [path for path in temporary.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.suffix == ".safetensors", path)):
-        target = folder / path.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(temporary)
-    _fsync(folder)
-
-
-def _sync(folder: Path) -> None:
-    """Every file of ``folder``, and the folder itself, is on the disk."""
-    for file in sorted(folder.rglob("*")):
-        _fsync(file)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rng_state() -> dict[str, Any]:

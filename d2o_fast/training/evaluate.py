@@ -6,44 +6,25 @@ better). If it carries an attribute ``labels``, those are reported even where no
 
 from __future__ import annotations
 
-import importlib
 import numbers
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import Row, stop_token_ids, tokenize_rows
+from d2o_fast.config import D2OConfig, load_judge
+from d2o_fast.data.row import Example, Row, prompt_text
+from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError
-from d2o_fast.model.loading import autocast, base_of, pad_token_id
+from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.model.parts import autocast, base_of, decoder_of, evaluating, head_of, pad_token_id
 from d2o_fast.sampling.generate import sample_responses
+from d2o_fast.training.metrics import PromptMeans
+from d2o_fast.training.step import batch_loss
 
 Judge = Callable[[str, str], Any]
-
-
-def load_judge(name: str, setting: str = "judge") -> Judge:
-    """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
-
-    Raises:
-        D2OError: not of this form, a module that cannot be imported, or no such function in it.
-    """
-    module_name, colon, function = name.partition(":")
-    if not (module_name and colon and function):
-        raise D2OError(f"{setting} is {name!r}; it must be of the form 'package.module:function'")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise D2OError(
-            f"{setting} '{name}': module '{module_name}' cannot be imported ({error}). "
-            "It must be installed, or lie in a folder on PYTHONPATH"
-        ) from error
-    judge = getattr(module, function, None)
-    if not callable(judge):
-        found = "nothing of that name" if judge is None else f"a {type(judge).__name__}"
-        raise D2OError(f"{setting} '{name}': expected a function '{function}' in {module_name}, found {found}")
-    return judge
 
 
 def judge_model(
@@ -91,18 +72,6 @@ def judge_model(
     return _shares(samples, tuple(getattr(judge, "labels", ()))), samples
 
 
-def prompt_text(row: Row) -> str:
-    """The prompt as a judge sees it: the string itself; of messages, the contents with their roles in front.
-
-    A single message of the user is given as its content alone.
-    """
-    if isinstance(row.prompt, str):
-        return row.prompt
-    if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
-        return row.prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
-
-
 def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
     # A prompt with two negatives stands in two rows.
     distinct: dict[str, Row] = {}
@@ -125,3 +94,34 @@ def _shares(samples: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str,
                 f"the judge returned {sample['score']!r}; it must return a label (str) or a score (a number)"
             )
     return {"judge/score": sum(float(sample["score"]) for sample in samples) / len(samples)}
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    config: D2OConfig,
+    shared: bool | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
+
+    Args:
+        shared: whether prompts can be read once for all their responses; found out here if not known yet.
+
+    Returns:
+        ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
+    """
+    head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
+    means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
+    if shared is None:
+        shared = choose_sharing(model, decoder, examples, config, pad).on
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
+    metrics, samples = means.read(), list[dict[str, Any]]()
+    if config.judge:
+        judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)
+        metrics |= judged
+    return {f"eval_{name}": value for name, value in metrics.items()}, samples

@@ -4,7 +4,7 @@ Every ``refresh_every`` steps a window of training begins. For the prompts of it
 drawn from the policy at that moment and scored under it: log ref- of these anchors. The negatives keep the score that
 they have in the store, log ref+. The first window is the store's: there the policy is the initial model.
 
-What was drawn is kept in ``<output_dir>/refreshed/step-N`` (files as in ``shards.py``), since a run that is resumed in
+What was drawn is kept in ``<output_dir>/refreshed/step-N`` (files as in ``anchors/shards.py``), since a run that is resumed in
 the middle of a window has the policy that drew it no more. Draws are seeded by ``sampling_seed``, the step and the
 batch, so that a run that is resumed at a window's beginning, or before it, draws the same ones again.
 
@@ -26,17 +26,16 @@ import pyarrow as pa
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.anchors.build import AnchorStore, store_record
 from d2o_fast.anchors.drawing import Drawer
 from d2o_fast.anchors.references import reference_names
 from d2o_fast.anchors.scoring import reference_logps
 from d2o_fast.anchors.shards import SCHEMA, begin, shard_name, write_shard
+from d2o_fast.anchors.store import AnchorStore, store_record
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import Row
+from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from d2o_fast.forward.batch import Example
-from d2o_fast.model.loading import pad_token_id
-from d2o_fast.training.checkpoint import atomic_folder
+from d2o_fast.files import atomic_folder
+from d2o_fast.model.parts import pad_token_id
 from d2o_fast.training.order import Order
 
 logger = logging.getLogger("d2o_fast")

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.reading import Row
-from d2o_fast.forward.batch import Example, pack, pack_shared, response_hidden
-from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.data.row import Example
+from d2o_fast.forward.batch import pack, pack_shared, response_hidden
+from d2o_fast.loss.engine import Head
 from d2o_fast.loss.layout import ResponseLayout
 from d2o_fast.loss.ops import fused_d2o_loss
 from d2o_fast.loss.reference import D2OOutput
-from d2o_fast.model.loading import Head, autocast, decoder_of, head_of, pad_token_id
-from d2o_fast.sampling.generate import evaluating
-from d2o_fast.training.evaluate import judge_model, load_judge
-from d2o_fast.training.metrics import PromptMeans
+from d2o_fast.model.parts import autocast
 
 
 def batch_loss(
@@ -38,7 +33,7 @@ def batch_loss(
     """D2O of ``examples``: their losses' sum over ``num_prompts``, and the layout of their S responses.
 
     Args:
-        shared: each prompt is read once for all its responses; ``sharing.py`` says for which models.
+        shared: each prompt is read once for all its responses; ``forward/sharing.py`` says for which models.
     """
     device = head.weight.device
     batch = (pack_shared(examples) if shared else pack(examples, pad)).to(device)
@@ -57,37 +52,6 @@ def batch_loss(
         **head.options(),
     )
     return out, batch.layout
-
-
-def evaluate_model(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    rows: Sequence[Row],
-    config: D2OConfig,
-    shared: bool | None = None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
-
-    Args:
-        shared: whether prompts can be read once for all their responses; found out here if not known yet.
-
-    Returns:
-        ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
-    """
-    head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
-    means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
-    if shared is None:
-        shared = choose_sharing(model, decoder, examples, config, pad).on
-    with torch.no_grad(), evaluating(model):
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
-    metrics, samples = means.read(), list[dict[str, Any]]()
-    if config.judge:
-        judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)
-        metrics |= judged
-    return {f"eval_{name}": value for name, value in metrics.items()}, samples
 
 
 def schedule(step: int, num_steps: int, kind: str, warmup: int) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,31 +21,28 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from d2o_fast.anchors.build import AnchorStore
+from d2o_fast.anchors.build import open_store
 from d2o_fast.anchors.references import describe_references, reference_names
+from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import taken
-from d2o_fast.data.reading import Row, rows_from
+from d2o_fast.data.reading import rows_from
+from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from d2o_fast.files import locked
-from d2o_fast.forward.batch import Example, step_batches
+from d2o_fast.files import locked, replace_files
+from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
-from d2o_fast.model.loading import base_of, decoder_of, head_of, load_tokenizer, pad_token_id, refuse_moving_positions
-from d2o_fast.prepare import (
-    add_adapter,
-    initial_model,
-    load_weights,
-    open_store,
-    quiet_transformers,
-    refuse_many_processes,
-)
+from d2o_fast.model.adapters import add_adapter
+from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, quiet_transformers
+from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
 from d2o_fast.settings import refusal
 from d2o_fast.training import checkpoint as ckpt
+from d2o_fast.training.evaluate import evaluate_model
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.training.model_card import model_card
 from d2o_fast.training.order import Order
 from d2o_fast.training.refresh import Refresher, Window
-from d2o_fast.training.step import adamw, batch_loss, evaluate_model, schedule
+from d2o_fast.training.step import adamw, batch_loss, schedule
 
 logger = logging.getLogger("d2o_fast")
 
@@ -65,7 +63,7 @@ class D2OTrainer:
         model: a local folder or hub name (an adapter's too), a model of transformers or a PeftModel. Its weights become
             fp32. What it is now draws the anchors, and scores unless ``args`` names other references.
         args: all settings.
-        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data.py``), whose
+        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data/reading.py``), whose
             anchors are drawn and scored before training, under ``args.anchors_dir``; or an ``AnchorStore``.
         eval_dataset: held-out data in the same forms.
         processing_class: the tokenizer; by default the one beside the model.
@@ -347,7 +345,7 @@ class D2OTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         is_adapter = not isinstance(self.model, PreTrainedModel)
         data = {name: self._described(name) for name in self.stores}
-        with ckpt.replace_files(folder) as temporary:
+        with replace_files(folder) as temporary:
             self._save_weights(temporary)
             references = describe_references(self.stores["train"].fingerprint, reference_names(self.args))
             ran = self.loss_path or "not run", self.sharing.text
@@ -395,3 +393,17 @@ def _refuse_without_held_out(args: D2OConfig, eval_dataset: Any) -> None:
 
 def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
     return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)
+
+
+def refuse_many_processes() -> None:
+    """
+    Raises:
+        D2OError: started by ``torchrun`` or the like with more than one process.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size > 1:
+        raise D2OError(
+            f"started as one of {world_size} processes (WORLD_SIZE), but d2o-fast trains in one process on one device "
+            "for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node 1, and "
+            "choose the device with CUDA_VISIBLE_DEVICES"
+        )

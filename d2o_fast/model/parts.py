@@ -1,0 +1,156 @@
+"""An unmodified Hugging Face causal language model, taken apart into decoder and head.
+
+The fused loss computes the head's product with the hidden states. The model's own ``forward`` would build
+``[tokens, vocabulary]`` logits; it is called once, on a few tokens, to prove that decoder and head give its logits.
+
+Shapes: N response tokens, V vocabulary, H hidden, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from d2o_fast.config import D2OConfig
+from d2o_fast.errors import D2OError
+from d2o_fast.loss.engine import Head
+from d2o_fast.loss.reference import naive_linear_logprob
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows with. Padding stands right of the real tokens, which never see it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a PeftModel (its adapters stay active), or the model itself.
+
+    Raises:
+        D2OError: prompt-learning adapters, which put tokens of their own before the prompt; an adapter in a model that
+            is no PeftModel.
+    """
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters is None:
+        return model  # type: ignore[return-value]
+    if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
+        raise D2OError("prompt-learning adapters (prefix, prompt or p-tuning) are not supported; use LoRA")
+    if not hasattr(model, "get_base_model"):
+        raise D2OError(
+            f"{type(model).__name__} holds an adapter but is no PeftModel: load its base, and the adapter on it with "
+            "peft.PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    return model.get_base_model()  # type: ignore[operator]
+
+
+def vocabulary_size(model: Any) -> int:
+    """Ids below it have both an embedding and a row of the head."""
+    embedding: Any = base_of(model).get_input_embeddings()
+    return min(head_of(model).weight.shape[0], embedding.weight.shape[0])
+
+
+def head_of(model: nn.Module) -> Head:
+    """Weight, bias, softcap and logit scale of the model's head.
+
+    Raises:
+        D2OError: a head that is not a plain linear layer (an adapter on it would be ignored in silence otherwise).
+    """
+    base = base_of(model)
+    layer = base.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        found = "nothing" if layer is None else type(layer).__name__
+        raise D2OError(
+            f"the head of {type(base).__name__} is {found}, not a plain linear layer. The fused loss reads its weight "
+            "directly and would ignore an adapter or a quantised form: leave lm_head out of lora_target_modules and "
+            "modules_to_save, and load it unquantised"
+        )
+    config = base.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere: logits are multiplied by it
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite: logits are divided by it
+        scale = 1.0 / float(config.logits_scaling)
+    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of the model that ends in the head's input: ``decoder(input_ids=...).last_hidden_state`` is (S, T, H).
+
+    Runs decoder and head once beside the whole model on a few tokens and compares, so that a model whose ``forward``
+    does more than ``head_of`` knows of is refused and never trained on other logits than its own.
+
+    Raises:
+        D2OError: the two disagree, or the model has no separate decoder.
+    """
+    base, head = base_of(model), head_of(model)
+    decoder = base.base_model
+    if decoder is base:
+        raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
+    with evaluating(base), torch.no_grad():
+        tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
+        logits = base(input_ids=tokens, use_cache=False).logits[0].float()
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        targets = logits.argmax(-1)
+        expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.1
+    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
+        raise D2OError(
+            f"{type(base).__name__}: its own logits differ from decoder + head (log-probabilities {expected.tolist()} "
+            f"against {found.tolist()}): its forward does more to the logits than is known here"
+        )
+    return decoder
+
+
+def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
+    """
+    Raises:
+        D2OError: rotary factors that depend on the longest row of a batch: a score would depend on its neighbours, and
+            a reference scored beside other prompts than the policy would not match it.
+    """
+    settings = base_of(model).config.get_text_config()
+    parameters = getattr(settings, "rope_parameters", None) or {}
+    for found in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if found.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        limit = (
+            found.get("original_max_position_embeddings")
+            or getattr(settings, "original_max_position_embeddings", None)
+            or settings.max_position_embeddings
+        )
+        if config.max_length > limit:
+            raise D2OError(
+                f"max_length is {config.max_length}, but past {limit} tokens {type(base_of(model)).__name__} changes "
+                f"the position embeddings of a whole batch (rope_type '{found['rope_type']}'), so that a response's "
+                f"log-probability would depend on the prompts beside it. Set max_length to {limit} or less"
+            )
+
+
+def refuse_quantised(model: nn.Module, what: str) -> None:
+    """
+    Raises:
+        D2OError: quantised weights; ``what`` is the model's name in the message.
+    """
+    if getattr(base_of(model), "is_quantized", False):
+        raise D2OError(f"{what} is quantised; D2O takes fp32 master weights (with LoRA too): load it unquantised")
+
+
+def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 compute over fp32 master weights where ``config.dtype`` asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
