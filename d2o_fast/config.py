@@ -311,7 +311,7 @@ def _loggers(value: str | list[str]) -> list[str]:
     return names
 
 
-def load_judge(name: str, setting: str = "judge") -> Callable[..., Any]:
+def load_function(name: str, setting: str = "judge") -> Callable[..., Any]:
     """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
 
     Raises:

@@ -31,6 +31,7 @@ class FingerprintError(D2OError):
         )
 
 
-def shortened(text: str, limit: int = 40) -> str:
-    """``text``, or its beginning and an ellipsis."""
+def shortened(text: str, limit: int = 40, one_line: bool = False) -> str:
+    """``text``, or its beginning and an ellipsis; ``one_line`` puts single spaces for all white space."""
+    text = " ".join(text.split()) if one_line else text
     return text if len(text) <= limit else text[: limit - 3] + "..."

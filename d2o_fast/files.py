@@ -91,7 +91,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

@@ -11,18 +11,18 @@ import torch
 
 from d2o_fast.forward.attention import shared_attention
 from d2o_fast.forward.flash import CpuFlash, CudaFlash, choose_kernel
-from d2o_fast.forward.shared_row import SharedRow, Spans
+from d2o_fast.forward.shared_row import SharedSequence, Spans
 from helpers import assert_close, relative_errors
 
 ROWS = {
-    "ragged": SharedRow((5, 1, 9), ((3, 7, 1), (4, 2), (6, 6, 6, 2))),
-    "even": SharedRow((8, 8), ((4,) * 5, (4,) * 5)),
-    "one prompt": SharedRow((40,), ((33, 20),)),
+    "ragged": SharedSequence((5, 1, 9), ((3, 7, 1), (4, 2), (6, 6, 6, 2))),
+    "even": SharedSequence((8, 8), ((4,) * 5, (4,) * 5)),
+    "one prompt": SharedSequence((40,), ((33, 20),)),
 }
 HEADS = {"4 of 4": (4, 4), "4 of 2": (4, 2), "6 of 1": (6, 1)}
 
 
-def operands(row: SharedRow, heads: tuple[int, int], channels: int = 16, size: float = 1.0) -> list[torch.Tensor]:
+def operands(row: SharedSequence, heads: tuple[int, int], channels: int = 16, size: float = 1.0) -> list[torch.Tensor]:
     """q, k, v and the gradient of the output, in fp64; queries as transformers passes them, not contiguous."""
     generator = torch.Generator().manual_seed(3)
     tokens = sum(row.prompts) + sum(map(sum, row.responses))
@@ -34,7 +34,7 @@ def operands(row: SharedRow, heads: tuple[int, int], channels: int = 16, size: f
 
 
 def one_at_a_time(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: SharedRow, scale: float, window: Any, softcap: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: SharedSequence, scale: float, window: Any, softcap: Any
 ) -> torch.Tensor:
     """The definition: each prompt + response a sequence with a causal mask of its own."""
     repeat = q.shape[1] // k.shape[1]
@@ -70,7 +70,7 @@ def with_gradients(function: Any, operands_: list[torch.Tensor]) -> list[torch.T
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def check(row: SharedRow, heads: tuple[int, int], dtype: torch.dtype, bound: float, **options: Any) -> str:
+def check(row: SharedSequence, heads: tuple[int, int], dtype: torch.dtype, bound: float, **options: Any) -> str:
     kernel, scale = options.pop("kernel", None), options.pop("scale", 0.3)
     window, softcap = options.get("window"), options.get("softcap")
     rounded = [x.to(dtype) for x in operands(row, heads, **{k: v for k, v in options.items() if k == "size"})]
@@ -95,7 +95,7 @@ def check(row: SharedRow, heads: tuple[int, int], dtype: torch.dtype, bound: flo
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_split_attention_is_attention_of_each_sequence(row: SharedRow, heads: tuple[int, int]) -> None:
+def test_split_attention_is_attention_of_each_sequence(row: SharedSequence, heads: tuple[int, int]) -> None:
     how = check(row, heads, torch.float64, 1e-14, kernel=CpuFlash())
     assert how == CpuFlash.name
 
@@ -231,7 +231,7 @@ def flash_on_cpu() -> Iterator[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_the_cuda_path_by_its_operators(flash_on_cpu: list[dict[str, Any]], row: SharedRow) -> None:
+def test_the_cuda_path_by_its_operators(flash_on_cpu: list[dict[str, Any]], row: SharedSequence) -> None:
     how = check(row, (4, 2), torch.float64, 1e-5, kernel=CudaFlash())  # its log-sum-exp is in fp32
     assert how == CudaFlash.name
     segments = len(row.prompts) + sum(map(len, row.responses))

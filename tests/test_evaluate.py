@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from d2o_fast.config import D2OConfig, load_judge
+from d2o_fast.config import D2OConfig, load_function
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import prompt_text
 from d2o_fast.data.tokens import tokenize_rows
@@ -30,7 +30,7 @@ def _judge(model, judge, records=None, tokenizer=None, **settings):
 
 
 def test_load_judge_returns_the_function() -> None:
-    assert load_judge("d2o_fast.training.evaluate:prompt_text") is prompt_text
+    assert load_function("d2o_fast.training.evaluate:prompt_text") is prompt_text
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_load_judge_returns_the_function() -> None:
 )
 def test_load_judge_says_what_is_wrong(name: str, message: str) -> None:
     with pytest.raises(D2OError, match=message):
-        load_judge(name)
+        load_function(name)
 
 
 def test_an_error_inside_the_judges_module_is_not_hidden(tmp_path, monkeypatch) -> None:
     (tmp_path / "broken_judge.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ZeroDivisionError):
-        load_judge("broken_judge:judge")
+        load_function("broken_judge:judge")
 
 
 def test_shares_are_counted_over_all_responses(model) -> None:

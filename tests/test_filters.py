@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from d2o_fast import D2OTrainer
 from d2o_fast.anchors import filters as filters_module
-from d2o_fast.anchors.filters import AnchorFilter, Filtered, counts_text, token_overlap
+from d2o_fast.anchors.filters import AnchorFilter, KeptDraws, counts_text, token_overlap
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.inspection import export, inspect
 from d2o_fast.anchors.scorers import ClassifierScorer
@@ -66,7 +66,7 @@ def scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("anchor_scores")
 
 
-def filtered(draws: list[list[int]], negative: list[int] | None = None, **settings: Any) -> Filtered:
+def filtered(draws: list[list[int]], negative: list[int] | None = None, **settings: Any) -> KeptDraws:
     """One row, "how to open the lock?", with stop token 2."""
     config = replace(CONFIG, num_draws=max(len(draws), 4), **settings)
     apply = AnchorFilter(tiny_tokenizer(), config, [2], torch.device("cpu"))
@@ -82,37 +82,37 @@ A, B, C, D = [11, 12, 2], [13, 14, 2], [11, 13, 2], [15, 2]
 
 def test_without_filters_everything_stays() -> None:
     draws = [A, A, [2]]
-    assert filtered(draws, negative=A) == Filtered(draws, [])
-    assert filtered([[7] * 12, A, A, B]) == Filtered([[7] * 12, A, A], ["surplus"])
+    assert filtered(draws, negative=A) == KeptDraws(draws, [])
+    assert filtered([[7] * 12, A, A, B]) == KeptDraws([[7] * 12, A, A], ["surplus"])
 
 
 def test_each_filter_drops_its_own() -> None:
     draws = [A, [2], B, A, [7] * 12, [2]]
-    assert filtered(draws, drop_anchors=["duplicate"]) == Filtered([A, [2], B], ["duplicate", "surplus", "duplicate"])
-    assert filtered(draws, drop_anchors=["empty"]) == Filtered([A, B, A], ["empty", "surplus", "empty"])
-    assert filtered(draws, drop_anchors=["truncated"]) == Filtered([A, [2], B], ["surplus", "truncated", "surplus"])
-    assert filtered(draws, **ALL) == Filtered([A, B], ["empty", "duplicate", "truncated", "empty"])
-    assert filtered([[2], [2]], **ALL) == Filtered([], ["empty", "empty"])
+    assert filtered(draws, drop_anchors=["duplicate"]) == KeptDraws([A, [2], B], ["duplicate", "surplus", "duplicate"])
+    assert filtered(draws, drop_anchors=["empty"]) == KeptDraws([A, B, A], ["empty", "surplus", "empty"])
+    assert filtered(draws, drop_anchors=["truncated"]) == KeptDraws([A, [2], B], ["surplus", "truncated", "surplus"])
+    assert filtered(draws, **ALL) == KeptDraws([A, B], ["empty", "duplicate", "truncated", "empty"])
+    assert filtered([[2], [2]], **ALL) == KeptDraws([], ["empty", "empty"])
 
 
 def test_overlap_with_the_negative() -> None:
     assert [token_overlap(ids, A, {2}) for ids in (A, C, B)] == [1.0, 1 / 3, 0.0]
-    assert filtered([A, C, B], negative=A, max_anchor_overlap=1 / 3) == Filtered([C, B], ["overlap"])
-    assert filtered([A, C, B], negative=A, max_anchor_overlap=0.3) == Filtered([B], ["overlap", "overlap"])
-    assert filtered([A, C, B], negative=A, max_anchor_overlap=0.0) == Filtered([B], ["overlap", "overlap"])
+    assert filtered([A, C, B], negative=A, max_anchor_overlap=1 / 3) == KeptDraws([C, B], ["overlap"])
+    assert filtered([A, C, B], negative=A, max_anchor_overlap=0.3) == KeptDraws([B], ["overlap", "overlap"])
+    assert filtered([A, C, B], negative=A, max_anchor_overlap=0.0) == KeptDraws([B], ["overlap", "overlap"])
 
 
 def test_the_best_of_n_stay_in_the_order_they_were_drawn(scores: Any) -> None:
     draws = [A, B, C, D, B]
     scores.values = iter([1, 3, 2, 2, 2.5])
     best = filtered(draws, anchor_score="anchor_scores:given")
-    assert best == Filtered([B, C, B], ["surplus", "surplus"]), "of the two that score 2 the first stays"
+    assert best == KeptDraws([B, C, B], ["surplus", "surplus"]), "of the two that score 2 the first stays"
     scores.values = iter([1, 3, 2, 2, 2.5])
     best = filtered(draws, anchor_score="anchor_scores:given", min_anchor_score=2.25)
-    assert best == Filtered([B, B], ["score", "score", "score"])
+    assert best == KeptDraws([B, B], ["score", "score", "score"])
     scores.values = iter([1, 3, 2])
     exact = filtered(draws[:3], anchor_score="anchor_scores:given", min_anchor_score=2)
-    assert exact == Filtered([B, C], ["score"]), "a score at the threshold is enough"
+    assert exact == KeptDraws([B, C], ["score"]), "a score at the threshold is enough"
 
 
 def test_only_what_is_left_is_scored_and_as_a_judge_sees_it(scores: Any) -> None:
@@ -449,10 +449,10 @@ def test_anchors_drawn_anew_are_filtered_too(tmp_path: Path, scores: Any, caplog
     drawn: list[list[tuple[int, list[str]]]] = []
     with_anchors = filters_module.AnchorFilter.__call__
 
-    def watched(self: AnchorFilter, rows: Any, examples: Any, draws: Any) -> list[Filtered]:
+    def watched(self: AnchorFilter, rows: Any, examples: Any, draws: Any) -> list[KeptDraws]:
         found = with_anchors(self, rows, examples, draws)
         if drawn:
-            found[1] = Filtered([], ["score"] * 4)  # any filter's doing
+            found[1] = KeptDraws([], ["score"] * 4)  # any filter's doing
         drawn.append([(len(f.anchors), f.dropped) for f in found])
         return found
 

@@ -10,9 +10,9 @@ import torch
 
 from d2o_fast.data.row import Example
 from d2o_fast.forward.batch import micro_batches, pack, pack_shared, row_tokens
-from d2o_fast.forward.shared_row import SharedRow, Spans, slices_index, take_rows
+from d2o_fast.forward.shared_row import SharedSequence, Spans, slices_index, take_rows
 
-ROW = SharedRow((3, 1), ((2, 4), (1, 2, 3)))
+ROW = SharedSequence((3, 1), ((2, 4), (1, 2, 3)))
 #      prompts 0-2, 3; responses 4-5, 6-9 | 10, 11-12, 13-15
 
 
@@ -62,9 +62,9 @@ def test_gathered_keys(window: int | None, keys: list[list[int]]) -> None:
 def test_empty_segments_are_refused() -> None:
     for prompts, responses in (((), ()), ((3,), ((),)), ((3, 2), ((1,),))):
         with pytest.raises(ValueError, match="prompts with"):
-            SharedRow(prompts, responses)
+            SharedSequence(prompts, responses)
     with pytest.raises(ValueError, match="empty segment"):
-        _ = SharedRow((3,), ((2, 0),)).own
+        _ = SharedSequence((3,), ((2, 0),)).own
 
 
 def test_a_shared_batch_holds_what_the_padded_one_holds() -> None:

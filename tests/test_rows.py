@@ -21,7 +21,7 @@ import pytest
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.dry_run import describe
-from d2o_fast.data.on_disk import Digests, Part, RowFile, rows_digest, taken
+from d2o_fast.data.on_disk import Digests, RowFile, Subset, rows_digest, subset
 from d2o_fast.data.reading import read_datasets, read_rows, rows_from, split_by_prompt, without_duplicates
 from d2o_fast.data.row import Row
 from d2o_fast.errors import D2OError, DataError
@@ -72,12 +72,12 @@ def test_rows_may_be_appended_after_some_were_read() -> None:
 
 def test_a_part_reads_from_the_same_file() -> None:
     rows = on_disk(ROWS)
-    part, descriptor = taken(rows, [2, 0]), rows._file._file.fileno()
+    part, descriptor = subset(rows, [2, 0]), rows._file._file.fileno()
     rows.append(ROWS[1])
     assert part == [ROWS[2], ROWS[0]]
     del rows
     gc.collect()
-    assert taken(part, [1, 1]) == [ROWS[0], ROWS[0]], "the file stays while a part of it is there"
+    assert subset(part, [1, 1]) == [ROWS[0], ROWS[0]], "the file stays while a part of it is there"
     os.fstat(descriptor)
     del part
     gc.collect()
@@ -139,16 +139,16 @@ def test_files_and_data_sets_are_read_to_the_disk_and_lists_stay_lists(tmp_path:
     records = [*tiny_rows(40), *tiny_rows(9)]
     path = write(tmp_path / "a.jsonl", records)
     on_file, in_memory = read_rows(path), rows_from(records, path)
-    assert isinstance(on_file, Part)
+    assert isinstance(on_file, Subset)
     assert type(in_memory) is list
     assert on_file == without_duplicates(in_memory) == in_memory[:40]
     for file, memory in zip(split_by_prompt(on_file, 0.3), split_by_prompt(in_memory[:40], 0.3), strict=True):
-        assert isinstance(file, Part)
+        assert isinstance(file, Subset)
         assert type(memory) is list
         assert memory
         assert file == memory
     from_set = rows_from(datasets.Dataset.from_list(records), path)
-    assert isinstance(from_set, Part)
+    assert isinstance(from_set, Subset)
     assert from_set == in_memory
     assert rows_from(on_file) is on_file
 

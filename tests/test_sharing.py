@@ -265,8 +265,8 @@ def test_layers_of_an_unknown_type_are_refused() -> None:
 
 def test_wrong_log_probabilities_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that passes the probe and is wrong all the same: here its positions are."""
-    positions = sharing.SharedRow.position_ids
-    monkeypatch.setattr(sharing.SharedRow, "position_ids", lambda row: torch.arange(len(positions(row))))
+    positions = sharing.SharedSequence.position_ids
+    monkeypatch.setattr(sharing.SharedSequence, "position_ids", lambda row: torch.arange(len(positions(row))))
     for dtype in ("float32", "bfloat16"):
         found = choose(build("llama"), dtype=dtype)
         assert not found.on

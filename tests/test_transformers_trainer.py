@@ -11,7 +11,7 @@ import pytest
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors.store import AnchorStore
-from d2o_fast.training.order import Order
+from d2o_fast.training.order import PromptOrder
 from tiny import save_tiny, tiny_rows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"
@@ -59,7 +59,7 @@ def test_the_example_takes_the_steps_of_our_trainer(
         max_completion_length=32,
     )
     ours = D2OTrainer(name, args, AnchorStore.open(tmp_path / "theirs" / "anchors"))
-    monkeypatch.setattr(Order, "prompts_of", lambda self, step: list(range(10))[4 * step :][:4])
+    monkeypatch.setattr(PromptOrder, "prompts_of", lambda self, step: list(range(10))[4 * step :][:4])
     ours.train()
     expected = [json.loads(line)["loss"] for line in (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(expected, abs=2e-4)

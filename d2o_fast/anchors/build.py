@@ -32,7 +32,7 @@ from d2o_fast.data.row import Example, Row
 from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.files import locked
-from d2o_fast.model.adapters import as_initial
+from d2o_fast.model.adapters import initial_policy
 
 logger = logging.getLogger("d2o_fast")
 
@@ -56,7 +56,7 @@ def build_store(
 
     Args:
         model: the initial model, from which training will start. It draws; it scores too, unless ``config`` names
-            references. Of a PeftModel, ``adapters.as_initial`` says what that is.
+            references. Of a PeftModel, ``adapters.initial_policy`` says what that is.
         progress: called as ``progress(rows done, rows in all)`` after each shard, and once at the start.
 
     Raises:
@@ -111,7 +111,7 @@ class _ShardMaker:
         references.prepare()
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
-        with as_initial(self.references.model):
+        with initial_policy(self.references.model):
             examples, dropped = self.drawer.with_anchors((shard,), rows, examples)
         usable = [example for example in examples if example.anchor_ids]
         scores = iter(self.references.score(usable) if usable else [])

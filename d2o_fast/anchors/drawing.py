@@ -74,15 +74,15 @@ class Drawer:
         wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
         wanted_rows, wanted_examples = [rows[i] for i in wanted], [examples[i] for i in wanted]
         if self.server is None:
-            drawn = self._drawn_here(seed, wanted_rows, wanted_examples)
+            drawn = self._draw_in_process(seed, wanted_rows, wanted_examples)
         else:
-            drawn = self._drawn_there(self.server, seed, wanted_rows, wanted_examples)
+            drawn = self._draw_on_server(self.server, seed, wanted_rows, wanted_examples)
         filled, dropped = list(examples), [list[str]() for _ in examples]
         for i, filtered in zip(wanted, self.filter(wanted_rows, wanted_examples, drawn), strict=True):
             filled[i], dropped[i] = replace(examples[i], anchor_ids=filtered.anchors), filtered.dropped
         return filled, dropped
 
-    def _drawn_here(self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]) -> list[list[list[int]]]:
+    def _draw_in_process(self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]) -> list[list[list[int]]]:
         config, base = self.config, base_of(self.model)
         prompts = [example.prompt_ids for example in examples]
         if config.sampling_instruction is not None:
@@ -100,7 +100,7 @@ class Drawer:
                 seed=draw_seed(config.sampling_seed, *seed),
             )
 
-    def _drawn_there(
+    def _draw_on_server(
         self, server: ServerSampler, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]
     ) -> list[list[list[int]]]:
         config = self.config

@@ -27,7 +27,7 @@ REASONS = ("empty", "truncated", "overlap", "duplicate", "score", "surplus")
 
 
 @dataclass(frozen=True)
-class Filtered:
+class KeptDraws:
     """What became of the draws of one prompt: up to K anchors as token ids, and a reason for each of the others."""
 
     anchors: list[list[int]]
@@ -53,15 +53,15 @@ class AnchorFilter:
 
     def __call__(
         self, rows: Sequence[Row], examples: Sequence[Example], draws: Sequence[Sequence[list[int]]]
-    ) -> list[Filtered]:
+    ) -> list[KeptDraws]:
         """What is kept of each row's ``draws``, in the order in which it was drawn.
 
         Raises:
             DataError: a score that is not a finite number.
         """
         reasons = [self._reasons(example, of_row) for example, of_row in zip(examples, draws, strict=True)]
-        places = [(r, d) for r, of_row in enumerate(reasons) for d, reason in enumerate(of_row) if reason is None]
-        scores = self._scores(rows, draws, places)
+        indices = [(r, d) for r, of_row in enumerate(reasons) for d, reason in enumerate(of_row) if reason is None]
+        scores = self._scores(rows, draws, indices)
         least = self.config.min_anchor_score
         for (r, d), score in scores.items():
             if least is not None and score < least:
@@ -73,7 +73,7 @@ class AnchorFilter:
             for d in left[self.config.num_generations :]:
                 why[d] = "surplus"
             anchors = [ids for ids, reason in zip(of_row, why, strict=True) if reason is None]
-            filtered.append(Filtered(anchors, [reason for reason in why if reason is not None]))
+            filtered.append(KeptDraws(anchors, [reason for reason in why if reason is not None]))
         return filtered
 
     def _reasons(self, example: Example, draws: Sequence[list[int]]) -> list[str | None]:
@@ -96,12 +96,12 @@ class AnchorFilter:
         return reasons
 
     def _scores(
-        self, rows: Sequence[Row], draws: Sequence[Sequence[list[int]]], places: Sequence[tuple[int, int]]
+        self, rows: Sequence[Row], draws: Sequence[Sequence[list[int]]], indices: Sequence[tuple[int, int]]
     ) -> dict[tuple[int, int], float]:
         if self.scorer is None:
             return {}
         pairs = []
-        for r, d in places:
+        for r, d in indices:
             pairs.append((rows[r], str(self.tokenizer.decode(draws[r][d], skip_special_tokens=True))))
         found = self.scorer(pairs)
         for (row, response), score in zip(pairs, found, strict=True):
@@ -109,7 +109,7 @@ class AnchorFilter:
             if not number or not math.isfinite(score):  # type: ignore[arg-type]
                 what = f"anchor_score '{self.config.anchor_score}' gives {score!r} to {shortened(response)!r}"
                 raise DataError(row.source, row.index, "anchors", what, "It must be a finite number, higher for better")
-        return dict(zip(places, map(float, found), strict=True))
+        return dict(zip(indices, map(float, found), strict=True))
 
 
 def token_overlap(anchor: Sequence[int], negative: Sequence[int], ends: set[int]) -> float:

@@ -21,7 +21,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.sharing import choose_sharing
-from d2o_fast.model.adapters import adapter_base, as_initial
+from d2o_fast.model.adapters import adapter_base, initial_policy
 from d2o_fast.model.identity import Identity, identity_of
 from d2o_fast.model.loading import has_tokenizer, load_model, load_tokenizer, quiet_transformers
 from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_moving_positions, refuse_quantised, vocabulary_size
@@ -63,13 +63,13 @@ class References:
     """Both references, loaded when they are needed and no earlier, each once; freed with this object.
 
     Args:
-        model: the initial model. Of a PeftModel, ``adapters.as_initial`` says what that is.
+        model: the initial model. Of a PeftModel, ``adapters.initial_policy`` says what that is.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self._loaded: dict[str, tuple[Any, Identity]] = {}
-        self._scorers: dict[Identity, _Scorer] = {}
+        self._scorers: dict[Identity, _Reference] = {}
 
     def fingerprint(self) -> dict[str, str | None]:
         """Weights, configuration and adapter of the initial model, of "neg" and of "pos", by content.
@@ -133,7 +133,7 @@ class References:
             self._loaded[name] = model, identity_of(model)
         return self._loaded[name]
 
-    def _scorer(self, side: str) -> _Scorer:
+    def _scorer(self, side: str) -> _Reference:
         identity = self._identities[side]
         if identity not in self._scorers:
             setting, name = _setting(self.config, side)
@@ -146,7 +146,7 @@ class References:
                 model.to(next(self.model.parameters()).device)
             elif name is not None:
                 self._loaded.pop(name, None)  # another copy of the initial model
-            self._scorers[identity] = _Scorer(model, self.config, pad_token_id(self.tokenizer), what)
+            self._scorers[identity] = _Reference(model, self.config, pad_token_id(self.tokenizer), what)
         return self._scorers[identity]
 
     def _refuse_other_tokenizer(self, setting: str, name: str) -> None:
@@ -182,12 +182,12 @@ def _state_of(name: str) -> Any:
     return folder.resolve(), *files, base if base is None else _state_of(base)
 
 
-class _Scorer:
+class _Reference:
     def __init__(self, model: Any, config: D2OConfig, pad: int, what: str) -> None:
         self.model, self.config, self.pad, self.what = model, config, pad, what
         try:
             refuse_moving_positions(model, config)
-            with as_initial(model):
+            with initial_policy(model):
                 self.decoder = decoder_of(model)
         except D2OError as error:
             raise D2OError(f"{what} cannot score: {error}") from error
@@ -196,7 +196,7 @@ class _Scorer:
     def score(self, part: Sequence[Example], examples: Sequence[Example]) -> list[list[float]]:
         """Scores of the responses in ``part``; whole ``examples`` show whether prompts can be shared."""
         self._refuse_unknown_ids(part)
-        with as_initial(self.model):
+        with initial_policy(self.model):
             if self.shared is None:
                 self.shared = choose_sharing(self.model, self.decoder, examples, self.config, self.pad).on
             return reference_logps(self.decoder, self.model, part, self.config, self.pad, self.shared)

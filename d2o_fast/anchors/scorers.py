@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from d2o_fast.config import load_judge
+from d2o_fast.config import load_function
 from d2o_fast.data.row import Row, prompt_text
 from d2o_fast.errors import D2OError, DataError, shortened
 
@@ -26,7 +26,7 @@ class FunctionScorer:
     """``score(prompt, response) -> float`` of the user's; the prompt as a judge sees it (``prompt_text``)."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.function = name, load_judge(name, "anchor_score")
+        self.name, self.function = name, load_function(name, "anchor_score")
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Any]:
         return [self.function(prompt_text(row), response) for row, response in pairs]
@@ -113,10 +113,10 @@ class ClassifierScorer:
             raise DataError(row.source, row.index, "prompt", found, "Check the roles and their order") from error
 
 
-Scorer = FunctionScorer | ClassifierScorer
+QualityScorer = FunctionScorer | ClassifierScorer
 
 
-def load_scorer(name: str, device: torch.device) -> Scorer:
+def load_scorer(name: str, device: torch.device) -> QualityScorer:
     """What ``anchor_score`` names: ``"package.module:function"``, or the folder or hub name of a sequence classifier.
 
     Raises:

@@ -27,19 +27,19 @@ from d2o_fast.errors import D2OError, FingerprintError
 Item = TypeVar("Item")
 
 
-class Stored(LazySequence[Item]):
-    """What ``make`` makes of the ``columns`` of the rows at ``places`` of a store."""
+class StoredRows(LazySequence[Item]):
+    """What ``make`` makes of the ``columns`` of the rows at ``indices`` of a store."""
 
     def __init__(
-        self, shards: Shards, places: Sequence[int], columns: tuple[str, ...], make: Callable[[dict[str, Any]], Item]
+        self, shards: Shards, indices: Sequence[int], columns: tuple[str, ...], make: Callable[[dict[str, Any]], Item]
     ) -> None:
-        self._shards, self._places, self._columns, self._make = shards, places, columns, make
+        self._shards, self._indices, self._columns, self._make = shards, indices, columns, make
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def _read(self, i: int) -> Item:
-        return self._make(self._shards.record(self._places[i], self._columns))
+        return self._make(self._shards.record(self._indices[i], self._columns))
 
 
 EXAMPLE_COLUMNS = ("prompt_ids", "rejected_ids", "anchors_ids", "rejected_ref_logp", "anchors_ref_logps")
@@ -126,11 +126,11 @@ class AnchorStore:
     @functools.cached_property
     def usable(self) -> Sequence[int]:
         """Places in the data of the rows that have anchors, ascending; the others lost theirs to the filters."""
-        places = array("Q")
+        indices = array("Q")
         for record in self.records("row", "anchors_tokens"):
             if record["anchors_tokens"]:
-                places.append(record["row"])
-        return range(self.num_rows) if len(places) == self.num_rows else places
+                indices.append(record["row"])
+        return range(self.num_rows) if len(indices) == self.num_rows else indices
 
     def lost(self) -> str | None:
         """How many rows have lost all their anchors, the first of them, and where all are listed; None if none has."""
@@ -139,9 +139,9 @@ class AnchorStore:
             return None
         records = self.records("source", "source_row", "anchors_tokens")
         lost = (f"{r['source']}, row {r['source_row']}" for r in records if not r["anchors_tokens"])
-        places = "; ".join(itertools.islice(lost, 3))
+        indices = "; ".join(itertools.islice(lost, 3))
         return (
-            f"{count} of {self.num_rows} rows lost all their anchors to the filters and are left out ({places}"
+            f"{count} of {self.num_rows} rows lost all their anchors to the filters and are left out ({indices}"
             f"{'; ...' if count > 3 else ''}); `d2o anchors inspect {self.folder}` lists them all with the reasons"
         )
 
@@ -156,12 +156,12 @@ class AnchorStore:
             D2OError: the store is incomplete; later, at a row whose shard is gone or changed since it was opened.
         """
         self._require_complete()
-        return Stored(self._shards, self.usable, EXAMPLE_COLUMNS, example_of)
+        return StoredRows(self._shards, self.usable, EXAMPLE_COLUMNS, example_of)
 
     def rows(self) -> Sequence[Row]:
         """All rows that the store was made of, as ``examples``; ``anchors`` is None where they were sampled."""
         self._require_complete()
-        return Stored(self._shards, range(self.num_rows), ROW_COLUMNS, row_of)
+        return StoredRows(self._shards, range(self.num_rows), ROW_COLUMNS, row_of)
 
     def records(self, *columns: str) -> Iterator[dict[str, Any]]:
         """These columns (``shards.SCHEMA``) of every row that is there, in order, a shard in memory at a time.

@@ -35,13 +35,13 @@ _ACCEPTED = (
 )
 
 
-Form = Callable[[dict[str, Any], str, int], Iterator[Row]]  #: record, source and index to the rows of one record
+Format = Callable[[dict[str, Any], str, int], Iterator[Row]]  #: record, source and index to the rows of one record
 
 
 # --- Forms -------------------------------------------------------------------------------------------------------
 
 
-def form_of(record: dict[str, Any], source: str, index: int) -> Form:
+def format_of(record: dict[str, Any], source: str, index: int) -> Format:
     """The form of a source, by its first record. Its docstring says which it is."""
     if all(name in record for name in _SAFE_RLHF):
         return _safe_rlhf
@@ -142,7 +142,7 @@ def _swift(record: dict[str, Any], source: str, index: int) -> Iterator[Row]:
 
 
 #: What a form reads; the other columns of a record are not used.
-USED: dict[Form, set[str]] = {
+USED: dict[Format, set[str]] = {
     _paired: {"prompt", "rejected", "anchors"},
     _unpaired: set(_UNPAIRED),
     _safe_rlhf: set(_SAFE_RLHF),

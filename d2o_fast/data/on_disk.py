@@ -43,8 +43,8 @@ class LazySequence(Sequence[Item]):
     def __getitem__(self, i: slice) -> list[Item]: ...
 
     def __getitem__(self, i: int | slice) -> Item | list[Item]:
-        places = range(len(self))[i]  # knows negative indices, and raises IndexError
-        return self._read(places) if isinstance(places, int) else [self._read(place) for place in places]
+        indices = range(len(self))[i]  # knows negative indices, and raises IndexError
+        return self._read(indices) if isinstance(indices, int) else [self._read(place) for place in indices]
 
     def __iter__(self) -> Iterator[Item]:
         return map(self._read, range(len(self)))
@@ -91,22 +91,22 @@ class RowFile(LazySequence[Row]):
         return Row(*json.loads(data.decode("utf-8", "surrogatepass")))
 
 
-class Part(LazySequence[Item]):
-    """The items of another sequence at ``places``, in that order."""
+class Subset(LazySequence[Item]):
+    """The items of another sequence at ``indices``, in that order."""
 
-    def __init__(self, whole: Sequence[Item], places: Sequence[int]) -> None:
-        self._whole, self._places = whole, places
+    def __init__(self, whole: Sequence[Item], indices: Sequence[int]) -> None:
+        self._whole, self._indices = whole, indices
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def _read(self, i: int) -> Item:
-        return self._whole[self._places[i]]
+        return self._whole[self._indices[i]]
 
 
-def taken(items: Sequence[Item], places: Sequence[int]) -> Sequence[Item]:
-    """The items at ``places``: of a list a list, of what is read from the disk a part that is."""
-    return Part(items, places) if isinstance(items, LazySequence) else [items[i] for i in places]
+def subset(items: Sequence[Item], indices: Sequence[int]) -> Sequence[Item]:
+    """The items at ``indices``: of a list a list, of what is read from the disk a part that is."""
+    return Subset(items, indices) if isinstance(items, LazySequence) else [items[i] for i in indices]
 
 
 class _TemporaryFile:
@@ -171,8 +171,8 @@ class Digests:
         digests = self._array()
         order = np.argsort(digests, kind="stable")
         ordered = digests[order]
-        places = np.sort(order[1:][ordered[1:] == ordered[:-1]])
-        return places, int(np.argmax(digests == digests[places[0]])) if len(places) else None
+        indices = np.sort(order[1:][ordered[1:] == ordered[:-1]])
+        return indices, int(np.argmax(digests == digests[indices[0]])) if len(indices) else None
 
     def _array(self) -> np.ndarray:
         return np.frombuffer(self._bytes, dtype="S16")

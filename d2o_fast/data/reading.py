@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.formats import USED, Form, form_of, kind
-from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, taken
+from d2o_fast.data.formats import USED, Format, format_of, kind
+from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, subset
 from d2o_fast.data.row import Row, prompt_key, row_key
 from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, shortened
@@ -103,7 +103,7 @@ def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
     example = f"{row.source}, row {row.index} repeats {first.source}, row {first.index}"
     logger.info("%d of %d negatives left out as duplicates (%s)", len(repeats), len(rows), example)
     kept = np.delete(np.arange(len(rows), dtype=np.uint64), repeats)
-    return taken(rows, array("Q", kept.tobytes()))
+    return subset(rows, array("Q", kept.tobytes()))
 
 
 def _matching(name: str) -> list[str]:
@@ -205,28 +205,28 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
     """Puts the negatives of ``records`` to the end of ``rows``."""
     count, first, unused = 0, len(rows), list[str]()
-    form: Form | None = None
+    format_: Format | None = None
     for index, record in records:
         count += 1
         if not isinstance(record, dict):
             raise DataError(source, index, None, f"found {kind(record)}", "Each row must be an object with columns")
-        if form is None:
-            form = form_of(record, source, index)
-            unused = sorted(set(record) - USED[form])
-        for row in form(record, source, index):
+        if format_ is None:
+            format_ = format_of(record, source, index)
+            unused = sorted(set(record) - USED[format_])
+        for row in format_(record, source, index):
             rows.append(row)
     if count == 0:
         raise DataError(source, None, None, "no rows", "Give at least one prompt with its negative")
-    assert form is not None
+    assert format_ is not None
     if len(rows) == first:
-        flags = "label = false" if "label" in USED[form] else "is_response_0_safe or is_response_1_safe = false"
+        flags = "label = false" if "label" in USED[format_] else "is_response_0_safe or is_response_1_safe = false"
         fix = f"D2O learns from negatives: at least one row must have {flags}"
         raise DataError(source, None, None, f"none of {count} rows holds a negative", fix)
-    columns = form.__doc__ or ""
+    columns = format_.__doc__ or ""
     logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows) - first, columns)
     if unused:
         logger.info("%s: columns that are not used: %s", source, ", ".join(unused))
-    return Source(source, columns, unused, count, taken(rows, range(first, len(rows))))
+    return Source(source, columns, unused, count, subset(rows, range(first, len(rows))))
 
 
 # --- Splitting ---------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row]
         prompts = Digests(map(prompt_key, rows)).distinct()
         found = f"eval_fraction {fraction} of {prompts} prompts leaves no row for {side}"
         raise DataError(rows[0].source if rows else "rows", None, None, found, "Choose another share or add prompts")
-    return taken(rows, train), taken(rows, held_out)
+    return subset(rows, train), subset(rows, held_out)
 
 
 def read_datasets(config: D2OConfig) -> tuple[Sequence[Row], Sequence[Row] | None]:

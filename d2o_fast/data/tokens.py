@@ -81,7 +81,7 @@ def encode_rows(
     Raises:
         DataError: as ``tokenize_rows``, lengths aside.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     yield from map(encoder.encode, rows)
 
 
@@ -91,14 +91,14 @@ def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> I
     Raises:
         DataError: messages that the chat template refuses.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     yield from map(encoder.prompt, rows)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterable[Row]) -> list[int]:
     """The tokens that end a sampled response: EOS, those that the model's ``generation_config`` names, and in a chat
     the template's end-of-turn token where it is another one. Sorted."""
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     named = model.generation_config.eos_token_id
     stops = {encoder.eos, *(named if isinstance(named, list) else [] if named is None else [named])}
     if tokenizer.chat_template is not None and any(not isinstance(row.prompt, str) for row in rows):
@@ -116,7 +116,7 @@ def cut_prompt(ids: list[int], limit: int, mode: str, bos: int | None) -> list[i
     return start + ids[len(ids) - (limit - len(start)) :]
 
 
-class _Encoder:
+class Encoder:
     """Texts to ids with the boundary between prompt and response found in the tokens, special tokens kept apart."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""Attention over a row that holds every prompt once (``packing.SharedRow``), with FlashAttention kernels.
+"""Attention over a row that holds every prompt once (``packing.SharedSequence``), with FlashAttention kernels.
 
 A response's queries see its prompt and, causally, itself. Both are plain varlen attention on contiguous slices, and a
 softmax over two sets of keys is made of the softmaxes over each (o the output, l the log-sum-exp of the scores):
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2o_fast.forward.flash import Kernel
-from d2o_fast.forward.shared_row import SharedRow, Spans, slices_index, take_rows
+from d2o_fast.forward.shared_row import SharedSequence, Spans, slices_index, take_rows
 from d2o_fast.loss.layout import on_device
 from d2o_fast.loss.matmul import wide_dtype
 
@@ -37,7 +37,7 @@ def shared_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row: SharedRow,
+    row: SharedSequence,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -125,7 +125,7 @@ class VarlenAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, None
 
 
-def _gather(k: Tensor, v: Tensor, row: SharedRow, window: int | None) -> tuple[Tensor, Tensor, Spans]:
+def _gather(k: Tensor, v: Tensor, row: SharedSequence, window: int | None) -> tuple[Tensor, Tensor, Spans]:
     pieces, spans = row.gathered(window)
     key = ("index", window, k.device)
     if key not in row._cache:
@@ -135,7 +135,7 @@ def _gather(k: Tensor, v: Tensor, row: SharedRow, window: int | None) -> tuple[T
 
 
 def _by_segment(
-    q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, row: SharedSequence, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Exact with any window, softcap, dtype and device: each segment with its own keys and a mask."""
     k, v, spans = _gather(k, v, row, window)
@@ -152,7 +152,7 @@ def _by_segment(
     return torch.cat(outs)
 
 
-def _mask(row: SharedRow, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+def _mask(row: SharedSequence, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     # (queries, keys) bool, the last query at the last key
     name = ("mask", queries, keys, window, device)
     if name not in row._cache:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from d2o_fast.data.row import Example
-from d2o_fast.forward.shared_row import Item, SharedRow, slices_index, take_rows
+from d2o_fast.forward.shared_row import Item, SharedSequence, slices_index, take_rows
 from d2o_fast.loss.layout import ResponseLayout, on_device
 
 
@@ -31,7 +31,7 @@ class PackedBatch:
     ref_logps: torch.Tensor  #: (S,) fp32; empty if the examples are unscored
     num_tokens: int  #: as ``Example.num_tokens`` counts
     position_ids: torch.Tensor | None = None  #: (1, T) int64 of a shared row
-    row: SharedRow | None = None  #: where prompts and responses lie in a shared row
+    row: SharedSequence | None = None  #: where prompts and responses lie in a shared row
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``; from pinned memory, without waiting."""
@@ -82,7 +82,7 @@ def pack_shared(examples: Sequence[Example], watch: bool = False, min_anchors: i
         ValueError: as ``pack``.
     """
     common = _common(examples, min_anchors)
-    row = SharedRow(
+    row = SharedSequence(
         tuple(len(example.prompt_ids) for example in examples),
         tuple(tuple(len(response) for response in example.responses()) for example in examples),
         seen=[] if watch else None,
@@ -140,7 +140,7 @@ def step_batches(examples: Sequence[Example], size: int, budget: int | None, sha
     return [*micro_batches(examples, lambda example: cost([example]), cost, budget)]
 
 
-def shared_arguments(row: SharedRow, device: torch.device) -> dict[str, Any]:
+def shared_arguments(row: SharedSequence, device: torch.device) -> dict[str, Any]:
     """What a decoder is called with beside ``input_ids`` and ``position_ids`` of a shared row.
 
     transformers hands a four-dimensional mask on as it is. This one says nothing and only keeps it from making masks

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.attention import shared_attention
 from d2o_fast.forward.flash import choose_kernel
-from d2o_fast.forward.shared_row import SharedRow
+from d2o_fast.forward.shared_row import SharedSequence
 from d2o_fast.model.parts import base_of
 
 #: "eager" is no entry of transformers' table: every model file brings its own. Models under it get this name instead.
@@ -63,7 +63,7 @@ def install(model: nn.Module) -> None:
 
 def _entry(original: Callable[..., Any], implementation: str) -> Callable[..., Any]:
     @functools.wraps(original)
-    def attention(module: nn.Module, *args: Any, shared_row: SharedRow | None = None, **kwargs: Any) -> Any:
+    def attention(module: nn.Module, *args: Any, shared_row: SharedSequence | None = None, **kwargs: Any) -> Any:
         if shared_row is None:
             return original(module, *args, **kwargs)
         return _call(module, *args, row=shared_row, implementation=implementation, **kwargs), None
@@ -83,7 +83,7 @@ def _call(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row: SharedRow,
+    row: SharedSequence,
     implementation: str,
     dropout: float = 0.0,
     scaling: float | None = None,

@@ -60,7 +60,7 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class SharedRow:
+class SharedSequence:
     """Where the prompts and their responses lie in one row.
 
     Args:

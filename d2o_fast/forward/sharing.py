@@ -1,7 +1,7 @@
 """One pass over a prompt for all its responses, inside unmodified models of transformers, and the proof of exactness.
 
 transformers looks the attention function up by name at every call. ``install`` puts an entry of ours under the name
-that the model uses, once and for good: without a ``SharedRow`` in the call it hands everything on to the original,
+that the model uses, once and for good: without a ``SharedSequence`` in the call it hands everything on to the original,
 with one it computes ``shared_attention``. (An entry that came and went around the forward would be gone when activation
 checkpointing recomputes a layer.)
 
@@ -24,7 +24,7 @@ from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.batch import PackedBatch, pack, pack_shared, response_hidden, shared_arguments
 from d2o_fast.forward.hook import Call, SharingRefused, install
-from d2o_fast.forward.shared_row import SharedRow
+from d2o_fast.forward.shared_row import SharedSequence
 from d2o_fast.loss.ops import linear_logprob
 from d2o_fast.model.parts import autocast, base_of, evaluating, head_of
 
@@ -122,7 +122,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D2OConfig) -> None:
     """One attention call per layer, with the window that the configuration names; and responses that do not meet."""
     settings = base_of(model).config.get_text_config()
-    row = SharedRow((3, 2), ((4, 3), (2, 5)), seen=[])
+    row = SharedSequence((3, 2), ((4, 3), (2, 5)), seen=[])
     tokens = torch.arange(sum(row.prompts) + 14) * 7 % (head_of(model).weight.shape[0] - 1) + 1
     changed = tokens.clone()
     changed[5:9] = tokens[5:9].roll(1)  # the first response of the first prompt
@@ -152,7 +152,7 @@ def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D
     _check_windows(calls[:layers], settings)
 
 
-def _forward(decoder: nn.Module, ids: torch.Tensor, row: SharedRow) -> torch.Tensor:
+def _forward(decoder: nn.Module, ids: torch.Tensor, row: SharedSequence) -> torch.Tensor:
     batch = {"input_ids": ids[None], "position_ids": row.position_ids()[None].to(ids.device)}
     return decoder(**batch, **shared_arguments(row, ids.device)).last_hidden_state
 

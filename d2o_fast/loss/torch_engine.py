@@ -169,7 +169,7 @@ class TorchEngine(Engine):
         start, end = self.chunk
         n, hidden, targets = end - start, self.hidden[start:end], self.targets[start:end]
         if self.grad_filter_eps is not None:
-            filtered = _Filtered(self, hidden, coef, dhidden, totals)
+            filtered = _FilteredGradient(self, hidden, coef, dhidden, totals)
         direct = self.direct and dhidden is not None and dhidden.dtype == self.hidden.dtype
         one_chunk = totals.weight is not None and totals.weight.dtype != self.wide
         rounds = self.rounds and (direct or one_chunk)
@@ -302,7 +302,7 @@ class _Statistics:
         return (self.target - self.maximum) - self.sum.log()
 
 
-class _Filtered:
+class _FilteredGradient:
     """The products of a chunk without the columns of E in which nothing exceeds grad_filter_eps.
 
     A column is a row of E.T here. Those that are kept are gathered until they fill a block, and then multiplied.

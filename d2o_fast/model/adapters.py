@@ -85,7 +85,7 @@ def _adds_nothing(name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor
     return ".lora_" not in name and ".trainable_tokens_" not in name
 
 
-def as_initial(model: Any) -> contextlib.AbstractContextManager[Any]:
+def initial_policy(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Inside, a model that was not trained yet is the initial policy: with its adapter, or without a fresh one."""
     if not hasattr(model, "peft_config") or not is_fresh(model):
         return contextlib.nullcontext()

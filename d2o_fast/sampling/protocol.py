@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Row
-from d2o_fast.data.tokens import _Encoder
-from d2o_fast.errors import D2OError, DataError
+from d2o_fast.data.tokens import Encoder
+from d2o_fast.errors import D2OError, DataError, shortened
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sampling:
     seed: tuple[int | str, ...]
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """A fault that may be over at the next attempt; ``after``: seconds that the server asks to wait."""
 
     def __init__(self, found: str, after: float = 0.0) -> None:
@@ -87,7 +87,7 @@ def request_seed(*parts: int | str) -> int:
 # --- Asked -------------------------------------------------------------------------------------------------------
 
 #: How a server takes sampling parameters.
-Form = Callable[[Sampling], dict[str, Any]]
+RequestForm = Callable[[Sampling], dict[str, Any]]
 
 
 def as_fields_for_ids(sampling: Sampling) -> dict[str, Any]:
@@ -130,7 +130,8 @@ def as_generation_config(sampling: Sampling) -> dict[str, Any]:
     return {"generation_config": json.dumps(settings)}
 
 
-FORMS: tuple[Form, ...] = (as_fields_for_ids, as_fields, as_generation_config)  #: in the order in which they are tried
+#: in the order in which they are tried
+FORMS: tuple[RequestForm, ...] = (as_fields_for_ids, as_fields, as_generation_config)
 
 
 # --- Answered ----------------------------------------------------------------------------------------------------
@@ -145,14 +146,14 @@ def parse(answer: Any, prompt: ServerPrompt, n: int, server: str) -> list[Draw]:
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or not choices:
-        raise Passing(f"an answer without choices: {short(json.dumps(answer))}")
+        raise TransientError(f"an answer without choices: {shortened(json.dumps(answer), 200, one_line=True)}")
     if len(choices) > n:
         raise D2OError(f"{server}: {len(choices)} choices to {prompt.place}, where {n} were asked for")
     _refuse_other_prompt(answer, prompt, server)
     draws = [_draw(choice) for choice in choices]
     told = sum(draw.token_ids is not None for draw in draws)
     if 0 < told < len(draws):
-        raise Passing(f"an answer with the tokens of {told} of its {len(draws)} choices")
+        raise TransientError(f"an answer with the tokens of {told} of its {len(draws)} choices")
     return draws
 
 
@@ -181,7 +182,9 @@ def _draw(choice: dict[str, Any]) -> Draw:
     if ids is not None:
         text = text or ""  # a server that parses reasoning or tools may leave none
     if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise Passing(f"a choice that is no response (finish_reason {reason!r}): {short(json.dumps(choice))}")
+        raise TransientError(
+            f"a choice that is no response (finish_reason {reason!r}): {shortened(json.dumps(choice), 200, one_line=True)}"
+        )
     logprobs = choice.get("logprobs")
     logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     return Draw(
@@ -190,12 +193,6 @@ def _draw(choice: dict[str, Any]) -> Draw:
         token_ids=None if ids is None else tuple(ids),
         logps=None if logps is None or None in logps else tuple(logps),
     )
-
-
-def short(text: str) -> str:
-    """One line of at most 200 characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def tokenize_drawn(
@@ -216,7 +213,7 @@ def tokenize_drawn(
     Raises:
         DataError: no tokens at all are left.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     out = []
     for row, draws in zip(rows, drawn, strict=True):
         end = [encoder.end(row)]

@@ -32,8 +32,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from d2o_fast.errors import D2OError
-from d2o_fast.sampling.protocol import FORMS, Draw, Form, Passing, Sampling, ServerPrompt, parse, request_seed, short
+from d2o_fast.errors import D2OError, shortened
+from d2o_fast.sampling.protocol import (
+    FORMS,
+    Draw,
+    RequestForm,
+    Sampling,
+    ServerPrompt,
+    TransientError,
+    parse,
+    request_seed,
+)
 
 logger = logging.getLogger("d2o_fast")
 
@@ -41,7 +50,7 @@ ATTEMPTS = 8  #: times that one request is made; with the delays below a server 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  #: seconds before the second attempt, doubled up to the longest
 MAX_ANSWER = 64 << 20  #: bytes
 
-PASSING = (408, 429, 500, 502, 503, 504)  #: HTTP states in which trying again may help
+RETRYABLE = (408, 429, 500, 502, 503, 504)  #: HTTP states in which trying again may help
 OTHER_FORM = (400, 422)  #: HTTP states in which the same may be granted when it is asked for in another form
 
 
@@ -70,7 +79,7 @@ class ServerSampler:
             raise D2OError("server_model is not set: give the name under which the server serves the initial model")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.model, self.concurrency, self.timeout = model, concurrency, timeout
-        self._form: Form | None = None  # how the server takes sampling parameters, once it is known
+        self._form: RequestForm | None = None  # how the server takes sampling parameters, once it is known
         self._tells_ids = False
         self._stop = threading.Event()
 
@@ -128,13 +137,13 @@ class ServerSampler:
         draws = [draw for draw in draws if draw.token_ids]  # a stop token at once, which some servers leave out
         return draws if all(d.logps is not None and len(d.logps) == len(d.token_ids or ()) for d in draws) else None
 
-    def _known_form(self, prompt: ServerPrompt, sampling: Sampling) -> Form:
+    def _known_form(self, prompt: ServerPrompt, sampling: Sampling) -> RequestForm:
         self._stop.clear()
         if self._form is None:
             self._form = self._probe(prompt, sampling)
         return self._form
 
-    def _probe(self, prompt: ServerPrompt, sampling: Sampling) -> Form:
+    def _probe(self, prompt: ServerPrompt, sampling: Sampling) -> RequestForm:
         """The form in which the server takes sampling parameters; and the proof that it samples.
 
         Four draws of up to 16 tokens at temperature 2 must differ. They do not where a server decodes greedily, or
@@ -152,7 +161,7 @@ class ServerSampler:
                 continue
             if len({(draw.text, draw.token_ids) for draw in draws}) == 1:
                 raise D2OError(
-                    f"{self.url}: four draws at temperature 2 gave the same text ({short(draws[0].text)!r}), so model "
+                    f"{self.url}: four draws at temperature 2 gave the same text ({shortened(draws[0].text, 200, one_line=True)!r}), so model "
                     f"'{self.model}' is not sampled there, or all choices of a request share one seed. Anchors must be "
                     "draws from the model: serve it with sampling on"
                 )
@@ -167,7 +176,7 @@ class ServerSampler:
 
     # --- One request -------------------------------------------------------------------------------------------------
 
-    def _draws(self, prompt: ServerPrompt, num: int, row: int, sampling: Sampling, form: Form) -> list[Draw]:
+    def _draws(self, prompt: ServerPrompt, num: int, row: int, sampling: Sampling, form: RequestForm) -> list[Draw]:
         draws: list[Draw] = []
         while len(draws) < num:  # every turn adds at least one
             n, seed = 1 if draws else num, request_seed(*sampling.seed, row, len(draws))
@@ -183,9 +192,9 @@ class ServerSampler:
             try:
                 draws = parse(self._post(url, body, prompt.place), prompt, n, self.url)
                 if self._tells_ids and draws[0].token_ids is None:
-                    raise Passing("an answer without the tokens, which this server told before")
+                    raise TransientError("an answer without the tokens, which this server told before")
                 return draws
-            except Passing as fault:
+            except TransientError as fault:
                 delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), fault.after)
                 found = f"{url}, {prompt.place}: {fault} (attempt {attempt + 1} of {ATTEMPTS})"
                 logger.warning(found)
@@ -205,24 +214,24 @@ class ServerSampler:
                 data = _read(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                found = f"HTTP {error.code} {error.reason}: {short(_error_text(error))}"
-            if error.code in PASSING:
-                raise Passing(found, _retry_after(error)) from error
+                found = f"HTTP {error.code} {error.reason}: {shortened(_error_text(error), 200, one_line=True)}"
+            if error.code in RETRYABLE:
+                raise TransientError(found, _retry_after(error)) from error
             raise _Refused(error.code, found, f"{url} refuses {place}") from error
         except TimeoutError as error:
-            raise Passing(f"no answer within {self.timeout:g} s") from error
+            raise TransientError(f"no answer within {self.timeout:g} s") from error
         except urllib.error.URLError as error:
             timed_out = isinstance(error.reason, TimeoutError)
-            raise Passing(f"no answer within {self.timeout:g} s" if timed_out else f"{error.reason}") from error
+            raise TransientError(f"no answer within {self.timeout:g} s" if timed_out else f"{error.reason}") from error
         except http.client.IncompleteRead as error:
-            raise Passing(f"half an answer ({len(error.partial)} bytes, then the end)") from error
+            raise TransientError(f"half an answer ({len(error.partial)} bytes, then the end)") from error
         except (http.client.HTTPException, OSError) as error:
-            raise Passing(f"{type(error).__name__}: {error}") from error
+            raise TransientError(f"{type(error).__name__}: {error}") from error
         try:
             return json.loads(data)
         except ValueError as error:
-            found = short(data[-60:].decode("utf-8", "replace"))
-            raise Passing(f"an answer of {len(data)} bytes that is not JSON, ending in {found!r}") from error
+            found = shortened(data[-60:].decode("utf-8", "replace"), 200, one_line=True)
+            raise TransientError(f"an answer of {len(data)} bytes that is not JSON, ending in {found!r}") from error
 
 
 def _read(response: Any, deadline: float) -> bytes:
@@ -233,7 +242,7 @@ def _read(response: Any, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
         if len(data) > MAX_ANSWER:
-            raise Passing(f"an answer of more than {MAX_ANSWER >> 20} MiB")
+            raise TransientError(f"an answer of more than {MAX_ANSWER >> 20} MiB")
     if response.length:  # what Content-Length promised and did not come
         raise http.client.IncompleteRead(bytes(data), response.length)
     return bytes(data)

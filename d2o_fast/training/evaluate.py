@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.config import D2OConfig, load_judge
+from d2o_fast.config import D2OConfig, load_function
 from d2o_fast.data.row import Example, Row, prompt_text
 from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError
@@ -122,6 +122,6 @@ def evaluate_model(
             means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
     metrics, samples = means.read(), list[dict[str, Any]]()
     if config.judge:
-        judged, samples = judge_model(model, tokenizer, rows, load_judge(config.judge), config)
+        judged, samples = judge_model(model, tokenizer, rows, load_function(config.judge), config)
         metrics |= judged
     return {f"eval_{name}": value for name, value in metrics.items()}, samples

@@ -13,7 +13,7 @@ import torch
 from d2o_fast.config import D2OConfig
 
 
-class Order:
+class PromptOrder:
     """The order of ``count`` prompts; steps are counted from 0."""
 
     def __init__(self, config: D2OConfig, count: int) -> None:

@@ -36,22 +36,22 @@ from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
 from d2o_fast.files import atomic_folder
 from d2o_fast.model.parts import pad_token_id
-from d2o_fast.training.order import Order
+from d2o_fast.training.order import PromptOrder
 
 logger = logging.getLogger("d2o_fast")
 
 
-class Window:
+class RefreshedAnchors:
     """The anchors of one window's prompts, but for those that lost all of them to the filters.
 
     Args:
         places: the prompts' places in the data, in the order of the window's store.
     """
 
-    def __init__(self, places: Sequence[int], store: AnchorStore) -> None:
+    def __init__(self, indices: Sequence[int], store: AnchorStore) -> None:
         self.digest = _content_digest(Path(store.folder))
         self._examples = store.examples()
-        self._index = {places[row]: i for i, row in enumerate(store.usable)}
+        self._index = {indices[row]: i for i, row in enumerate(store.usable)}
 
     def __contains__(self, place: int) -> bool:
         return place in self._index
@@ -90,7 +90,7 @@ class Refresher:
         store: AnchorStore,
         rows: Sequence[Row],
         examples: Sequence[Example],
-        order: Order,
+        order: PromptOrder,
         shared: bool,
     ) -> None:
         self.model, self.decoder, self.tokenizer, self.config, self.shared = model, decoder, tokenizer, config, shared
@@ -98,31 +98,31 @@ class Refresher:
         self.folder = Path(config.output_dir) / "refreshed"
         self.drawer = Drawer(model, tokenizer, config, store.fingerprint["stop_token_ids"])
 
-    def draw(self, step: int) -> Window:
+    def draw(self, step: int) -> RefreshedAnchors:
         """Draws and scores the anchors of the window that begins at ``step`` under the policy as it is now.
 
         Raises:
             D2OError: a score that is not finite; no prompt keeps any anchor.
         """
-        places, size = self._places(step), self.config.sampling_batch_size
+        indices, size = self._indices(step), self.config.sampling_batch_size
         with atomic_folder(self.folder / f"step-{step}") as folder:
             fingerprint = {**self.store.fingerprint, "refreshed_at": step}
-            counts = {"num_rows": len(places), "num_shards": -(-len(places) // size)}
+            counts = {"num_rows": len(indices), "num_shards": -(-len(indices) // size)}
             begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(self.config)})
-            for shard, start in enumerate(range(0, len(places), size)):
-                records = self._drawn(step, shard, places[start : start + size])
+            for shard, start in enumerate(range(0, len(indices), size)):
+                records = self._drawn(step, shard, indices[start : start + size])
                 write_shard(folder, shard, pa.Table.from_pylist(records, schema=SCHEMA))
         window = self.load(step)
-        self._report_lost(step, places, [place for place in places if place not in window])
+        self._report_lost(step, indices, [place for place in indices if place not in window])
         return window
 
-    def load(self, step: int) -> Window:
+    def load(self, step: int) -> RefreshedAnchors:
         """The window that ``draw`` made at ``step``.
 
         Raises:
             D2OError: it is missing or damaged.
         """
-        return Window(self._places(step), AnchorStore.open(self.folder / f"step-{step}"))
+        return RefreshedAnchors(self._indices(step), AnchorStore.open(self.folder / f"step-{step}"))
 
     def keep(self, steps: Iterable[int]) -> None:
         """Removes every window but those of ``steps``, and what a killed writer left."""
@@ -131,12 +131,12 @@ class Refresher:
             if path.name not in names:
                 shutil.rmtree(path)
 
-    def _places(self, step: int) -> list[int]:
+    def _indices(self, step: int) -> list[int]:
         """The window's prompts, but for those that brought anchors of their own: they keep them."""
         return [i for i in self.order.prompts_of_window(step) if self.rows[i].anchors is None]
 
-    def _drawn(self, step: int, shard: int, places: Sequence[int]) -> list[dict[str, Any]]:
-        rows, known = [self.rows[i] for i in places], [self.examples[i] for i in places]
+    def _drawn(self, step: int, shard: int, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows, known = [self.rows[i] for i in indices], [self.examples[i] for i in indices]
         bare = [replace(example, anchor_ids=[], ref_logps=[]) for example in known]
         drawn, dropped = self.drawer.with_anchors(("refresh", step, shard), rows, bare)
         pad, usable = pad_token_id(self.tokenizer), [example for example in drawn if example.anchor_ids]
@@ -153,16 +153,16 @@ class Refresher:
             records.append(store_record(first + i, row, new, scored, self.tokenizer, reasons))
         return records
 
-    def _report_lost(self, step: int, places: Sequence[int], lost: Sequence[int]) -> None:
+    def _report_lost(self, step: int, indices: Sequence[int], lost: Sequence[int]) -> None:
         if not lost:
             return
-        if len(lost) == len(places):
-            raise D2OError(f"step {step}: the filters leave none of the {len(places)} prompts an anchor. Loosen them")
+        if len(lost) == len(indices):
+            raise D2OError(f"step {step}: the filters leave none of the {len(indices)} prompts an anchor. Loosen them")
         first = f"{self.rows[lost[0]].source}, row {self.rows[lost[0]].index}"
         text = (
             "step %d: %d of %d prompts, the first %s, lost all new anchors to the filters and keep those of the store"
         )
-        logger.warning(text, step, len(lost), len(places), first)
+        logger.warning(text, step, len(lost), len(indices), first)
 
 
 def _content_digest(folder: Path) -> str:

@@ -25,7 +25,7 @@ from d2o_fast.anchors.build import open_store
 from d2o_fast.anchors.references import describe_references, reference_names
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.on_disk import taken
+from d2o_fast.data.on_disk import subset
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
@@ -40,8 +40,8 @@ from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training.evaluate import evaluate_model
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.training.model_card import model_card
-from d2o_fast.training.order import Order
-from d2o_fast.training.refresh import Refresher, Window
+from d2o_fast.training.order import PromptOrder
+from d2o_fast.training.refresh import RefreshedAnchors, Refresher
 from d2o_fast.training.step import adamw, batch_loss, schedule
 
 logger = logging.getLogger("d2o_fast")
@@ -104,7 +104,7 @@ class D2OTrainer:
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
         self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
         self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
-        self.window: Window | None = None  #: anchors drawn anew for the steps under way; None: the store's
+        self.window: RefreshedAnchors | None = None  #: anchors drawn anew for the steps under way; None: the store's
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -289,10 +289,10 @@ class D2OTrainer:
             self.stores[name], self.examples[name] = store, store.examples()
             rows = store.rows() if isinstance(data, AnchorStore) else data
             # Held-out prompts without anchors can still be judged.
-            self.rows[name] = rows if name == "eval" else taken(rows, store.usable)
+            self.rows[name] = rows if name == "eval" else subset(rows, store.usable)
         self.examples.setdefault(name, [])
         if name == "train":
-            self.order = Order(self.args, len(self.examples[name]))
+            self.order = PromptOrder(self.args, len(self.examples[name]))
         if data is None:
             return
         if resumed is not None:
