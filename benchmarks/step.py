@@ -39,7 +39,7 @@ from d2o_fast.data.row import Example
 from d2o_fast.forward.attention import VarlenAttention
 from d2o_fast.forward.batch import PackedBatch, pack, pack_shared, response_hidden, row_tokens
 from d2o_fast.forward.flash import choose_kernel
-from d2o_fast.forward.shared_row import Spans
+from d2o_fast.forward.shared_sequence import Spans
 from d2o_fast.forward.sharing import choose_sharing
 from d2o_fast.loss.engine import Head
 from d2o_fast.loss.layout import ResponseLayout

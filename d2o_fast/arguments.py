@@ -16,8 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, checked
-from d2o_fast.errors import D2OError
-from d2o_fast.settings import refusal
+from d2o_fast.errors import D2OError, refusal
 
 COMMANDS = {
     "demo": "align a small model from start to finish and show what it did",

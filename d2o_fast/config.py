@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from d2o_fast.errors import D2OError
-from d2o_fast.settings import MISFIT, is_blank, read, refusal, setting, words
+from d2o_fast.checks import MISFIT, is_blank, read, setting, words
+from d2o_fast.errors import D2OError, refusal
 
 
 @dataclass

@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from d2o_fast.forward.flash import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.loss.ops import choose_engine
+from d2o_fast.software import version_of
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel", "tensorboard")
 
@@ -27,8 +27,8 @@ def doctor(as_json: bool = False) -> int:
 def examine() -> dict[str, Any]:
     """``software``: versions, None if missing; ``devices``; ``paths``: what runs for each job, and why not the rest."""
     return {
-        "software": {"d2o-fast": _version("d2o-fast"), "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        "software": {"d2o-fast": version_of("d2o-fast"), "python": platform.python_version()}
+        | {name: version_of(name) for name in PACKAGES},
         "devices": _devices(),
         "paths": {
             "loss": _loss(),
@@ -40,13 +40,6 @@ def examine() -> dict[str, Any]:
             "processes": _processes(),
         },
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -97,7 +90,7 @@ def _loss() -> dict[str, Any]:
 def _attention() -> dict[str, Any]:
     if _device().type != "cuda":
         reason = "needs a CUDA device"
-    elif _version("flash-attn") is None:
+    elif version_of("flash-attn") is None:
         reason = "flash-attn is not installed (pip install 'd2o-fast[gpu]')"
     elif importlib.util.find_spec("flash_attn") is None:
         reason = "flash-attn is installed but cannot be imported"
@@ -111,7 +104,7 @@ def _prompts() -> dict[str, Any]:
     if _device().type != "cuda":
         return {"runs": f"read once for all responses (shared_prefix), by {CpuFlash.name}", "not": unknown}
     flash = f"read once for all responses (shared_prefix), by {CudaFlash.name} with dtype: bfloat16"
-    if _version("flash-attn") is not None:
+    if version_of("flash-attn") is not None:
         flash += f", or by {FlashAttnPackage.name} with attn_implementation: flash_attention_2"
     return {"runs": flash, "not": {"flash attention in float32": "no kernel: segment by segment, slower", **unknown}}
 
@@ -119,14 +112,14 @@ def _prompts() -> dict[str, Any]:
 def _liger() -> dict[str, Any]:
     if _device().type != "cuda":
         return {"runs": "no", "not": {"use_liger_kernel": "needs a CUDA device"}}
-    if _version("liger-kernel") is None:
+    if version_of("liger-kernel") is None:
         reason = "liger-kernel is not installed (pip install 'd2o-fast[gpu]')"
         return {"runs": "no", "not": {"use_liger_kernel": reason}}
     return {"runs": "with use_liger_kernel", "not": {}}
 
 
 def _lora() -> dict[str, Any]:
-    if _version("peft") is None:
+    if version_of("peft") is None:
         return {"runs": "no", "not": {"use_peft": "peft is not installed (pip install 'd2o-fast[lora]')"}}
     return {"runs": "with use_peft", "not": {"LoRA on the head": "the fused loss reads the head's weight directly"}}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class D2OError(ValueError):
-    """Something in the input, the configuration or a folder is not as it must be; the message says what to do."""
+    """A fault in the input, the configuration or a folder. The message gives the remedy."""
 
 
 class DataError(D2OError):
-    """One fault in one row of the data, with the place it stands in."""
+    """One fault in the data, with its source, row and field."""
 
     def __init__(self, source: str, row: int | None, field: str | None, found: str, fix: str) -> None:
         self.source, self.row, self.field, self.found, self.fix = source, row, field, found, fix
@@ -19,7 +19,7 @@ class DataError(D2OError):
 
 
 class FingerprintError(D2OError):
-    """A stored set of anchors and references was made under other conditions than the ones asked for now."""
+    """The stored anchors and reference scores were made under other conditions than the current ones."""
 
     def __init__(self, folder: str, differences: dict[str, tuple[object, object]]) -> None:
         self.differences = differences
@@ -32,6 +32,11 @@ class FingerprintError(D2OError):
 
 
 def shortened(text: str, limit: int = 40, one_line: bool = False) -> str:
-    """``text``, or its beginning and an ellipsis; ``one_line`` puts single spaces for all white space."""
+    """``text``, or its beginning and an ellipsis. ``one_line`` replaces all white space by single spaces."""
     text = " ".join(text.split()) if one_line else text
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def refusal(name: str, found: object, wanted: str) -> D2OError:
+    """The error of a setting, in one line."""
+    return D2OError(f"{name} is {shortened(repr(found), 200, one_line=True)}; it must be {wanted}")

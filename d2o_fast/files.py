@@ -1,4 +1,4 @@
-"""A folder for one process alone."""
+"""Files and folders that are written whole or not at all, and locks on folders."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from d2o_fast.errors import D2OError
+
+TEMPORARY = ".tmp-"  #: prefix of the name of an unfinished folder
+FINAL = ".tmp-final"  #: name of the folder whose files are about to replace others
 
 
 @contextlib.contextmanager
 def locked(folder: Path, work: str) -> Iterator[None]:
-    """Keeps other processes from doing ``work`` in ``folder``; ends with the process, however that ends.
+    """Keeps other processes from doing ``work`` in ``folder``. The lock ends with the process, even by a kill.
 
     Raises:
-        D2OError: at once, if another one is at it.
+        D2OError: another process has the lock; raised at once.
     """
     path = folder / ".lock"
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                raise BlockingIOError  # removed by its holder since it was opened: a new one may be held by another
+                raise BlockingIOError  # its holder removed it after we opened it: another process may hold a new one
         except BlockingIOError as error:
             raise D2OError(f"{folder}: another process is {work} here; wait for it or stop it") from error
         try:
@@ -34,15 +37,28 @@ def locked(folder: Path, work: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-TEMPORARY = ".tmp-"
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """An open file that appears as ``path``, whole and on the disk, when the block ends without an error.
+
+    An error in the block leaves nothing behind. An existing ``path`` keeps its content until the block ends.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    _fsync(path.parent)
 
 
-FINAL = ".tmp-final"
-
-
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that appears as ``path``, whole and on the disk, when the block ends without an error."""
+    """A folder that appears as ``path``, whole and on the disk, when the block ends without an error."""
     folder = path.with_name(f"{TEMPORARY}{path.name}")
     folder.mkdir(parents=True)
     try:
@@ -55,11 +71,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     _fsync(path.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replace_files(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files replace those of the same names in ``folder`` when the block ends.
+    """A folder whose files replace the files of the same names in ``folder`` when the block ends.
 
-    Each is moved whole, the weights last.
+    Each file is moved whole, the weights last.
     """
     temporary = folder / FINAL
     if temporary.exists():
@@ -77,7 +93,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Every file of ``folder``, and the folder itself, is on the disk."""
+    """Forces every file of ``folder``, and the folder itself, to the disk."""
     for file in sorted(folder.rglob("*")):
         _fsync(file)
     _fsync(folder)
@@ -89,18 +105,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """``data`` under ``path``, whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

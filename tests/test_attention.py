@@ -11,7 +11,7 @@ import torch
 
 from d2o_fast.forward.attention import shared_attention
 from d2o_fast.forward.flash import CpuFlash, CudaFlash, choose_kernel
-from d2o_fast.forward.shared_row import SharedSequence, Spans
+from d2o_fast.forward.shared_sequence import SharedSequence, Spans
 from helpers import assert_close, relative_errors
 
 ROWS = {

@@ -10,7 +10,7 @@ import torch
 
 from d2o_fast.data.row import Example
 from d2o_fast.forward.batch import micro_batches, pack, pack_shared, row_tokens
-from d2o_fast.forward.shared_row import SharedSequence, Spans, slices_index, take_rows
+from d2o_fast.forward.shared_sequence import SharedSequence, Spans, slices_index, take_rows
 
 ROW = SharedSequence((3, 1), ((2, 4), (1, 2, 3)))
 #      prompts 0-2, 3; responses 4-5, 6-9 | 10, 11-12, 13-15
@@ -71,7 +71,7 @@ def test_a_shared_batch_holds_what_the_padded_one_holds() -> None:
     """By the tokens: each response token, the one that predicts it, and the position of that one."""
     examples = [Example([3, 4, 5], [6, 7], [[8, 9, 10, 11]], []), Example([12], [13], [[14, 15], [16, 17, 18]], [])]
     padded, shared = pack(examples, 0), pack_shared(examples)
-    assert shared.row == ROW
+    assert shared.shared == ROW
     assert shared.input_ids.tolist() == [[3, 4, 5, 12, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16, 17, 18]]
     assert torch.equal(shared.targets, padded.targets)
     assert shared.layout == padded.layout

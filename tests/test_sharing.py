@@ -149,7 +149,9 @@ def test_a_softcap_that_sdpa_leaves_out_is_no_reference() -> None:
     q, k = torch.zeros(1, 4, 28, 8), torch.zeros(1, 2, 28, 8)
     install(build("llama"))
     with pytest.raises(SharingRefused, match="set attn_implementation to eager"):
-        ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), q, k, k, None, shared_row=pack_shared(EXAMPLES).row, softcap=50.0)
+        ALL_ATTENTION_FUNCTIONS["sdpa"](
+            nn.Module(), q, k, k, None, shared_sequence=pack_shared(EXAMPLES).shared, softcap=50.0
+        )
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_calls_that_ask_for_more_are_refused(arguments: dict[str, Any], reason: 
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     arguments = {"attention_mask": torch.zeros(1, 1, 1, 1), **arguments}
     with pytest.raises(SharingRefused, match=reason):
-        attention(nn.Module(), q, k, v, shared_row=batch.row, **arguments)
+        attention(nn.Module(), q, k, v, shared_sequence=batch.shared, **arguments)
 
 
 def test_layers_of_an_unknown_type_are_refused() -> None:

@@ -29,15 +29,12 @@ from d2o_fast.anchors.shards import SCHEMA, begin, check_shard, write_shard
 from d2o_fast.anchors.store import AnchorStore, store_record
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row
-from d2o_fast.data.tokens import tokenized
+from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.files import locked
 from d2o_fast.model.adapters import initial_policy
 
 logger = logging.getLogger("d2o_fast")
-
-
-__all__ = ["AnchorStore", "build_store", "expected_fingerprint"]
 
 
 def build_store(
@@ -69,7 +66,7 @@ def build_store(
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
     size = config.sampling_batch_size
-    for _ in tokenized(rows, tokenizer, config):
+    for _ in tokenize_rows(rows, tokenizer, config):
         pass  # all rows are looked at before the first is sampled
     if config.sampling_instruction is not None:
         for start in range(0, len(rows), size):
@@ -94,7 +91,7 @@ def build_store(
                 continue
             maker = maker or _ShardMaker(references, fingerprint["stop_token_ids"])
             part = rows[i * size : (i + 1) * size]
-            examples = list(tokenized(part, tokenizer, config, log=False))
+            examples = list(tokenize_rows(part, tokenizer, config, log=False))
             digests[i] = write_shard(folder, i, maker.make(i, part, examples))
             done += len(part)
             if progress is not None:
@@ -144,7 +141,15 @@ def open_store(
         D2OError: it may not be made and is missing or incomplete; no row has any anchors.
         FingerprintError: it was made under other conditions.
     """
-    store = _checked_store(model, tokenizer, data, config, name, may_build)
+    if isinstance(data, AnchorStore):
+        store = data
+        store.check(expected_fingerprint(model, tokenizer, data.rows(), config))
+    elif may_build:
+        with contextlib.closing(_Progress(name)) as progress:
+            store = build_store(model, tokenizer, data, config, anchors_folder(config, name), progress)
+    else:
+        store = AnchorStore.open(anchors_folder(config, name))
+        store.check(expected_fingerprint(model, tokenizer, data, config))
     lost = store.lost()
     if not store.usable:
         raise D2OError(f"{name}: {lost}. Nothing is left; loosen the filters, or raise num_draws")
@@ -153,28 +158,8 @@ def open_store(
     return store
 
 
-def _checked_store(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: AnchorStore | Sequence[Row],
-    config: D2OConfig,
-    name: str,
-    may_build: bool,
-) -> AnchorStore:
-    if not isinstance(data, AnchorStore):
-        folder = anchors_folder(config, name)
-        if may_build:
-            with contextlib.closing(_Progress(name)) as progress:
-                return build_store(model, tokenizer, data, config, folder, progress)
-        store, rows = AnchorStore.open(folder), data
-    else:
-        store, rows = data, data.rows()  # an incomplete store has no rows to give: rows() says so
-    store.check(expected_fingerprint(model, tokenizer, rows, config))
-    return store
-
-
 def anchors_folder(config: D2OConfig, name: str) -> Path:
-    """Where the store of ``name`` ("train" or "eval") lies."""
+    """The folder of the store ``name``: "train" or "eval"."""
     return Path(config.anchors_dir or Path(config.output_dir) / "anchors") / name
 
 

@@ -6,7 +6,6 @@ K anchors of one prompt.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.dry_run import histogram
 from d2o_fast.data.on_disk import Digests
 from d2o_fast.errors import D2OError, shortened
+from d2o_fast.files import atomic_file
 
 _COLUMNS = (
     *("row", "source", "source_row", "sampled", "prompt", "rejected", "anchors", "prompt_tokens", "anchors_ids"),
@@ -150,18 +150,14 @@ def export(folder: Path, out: Path) -> int:
         raise D2OError(f"{folder}: {found}; run `d2o sample` again to complete the store")
     if out.exists():
         raise D2OError(f"{out} is there already; remove it or give another name")
-    count, temporary = 0, out.with_name(out.name + ".tmp")
+    count = 0
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with atomic_file(out) as file:
             for line in _pairs(store.records("chat", "sampled", "prompt", "rejected", "anchors")):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
                 count += 1
-        os.replace(temporary, out)
     except OSError as error:
         raise D2OError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
     return count
 
 

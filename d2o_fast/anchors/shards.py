@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2o_fast.errors import D2OError
-from d2o_fast.files import replace_file
+from d2o_fast.files import atomic_file
 
 FORMAT = 2  #: of these files; a part of the fingerprint
 SCHEMA = pa.schema(
@@ -57,7 +57,8 @@ def begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return read_manifest(folder)
     if any(folder.glob("shard-*.parquet")):
         raise D2OError(f"{folder}: shards without manifest.json; choose another anchors_dir or empty this one")
-    replace_file(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    with atomic_file(folder / "manifest.json") as file:
+        file.write((json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
 
 
@@ -88,8 +89,10 @@ def write_shard(folder: Path, i: int, table: pa.Table) -> str:
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     name, digest = shard_name(i), hashlib.sha256(data).hexdigest()
-    replace_file(folder / f"{name}.sha256", f"{digest}  {name}\n".encode())
-    replace_file(folder / name, data)  # last: a shard that is there has its digest
+    with atomic_file(folder / f"{name}.sha256") as file:
+        file.write(f"{digest}  {name}\n".encode())
+    with atomic_file(folder / name) as file:  # last: a shard that is there has its digest
+        file.write(data)
     return digest
 
 

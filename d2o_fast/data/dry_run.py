@@ -1,4 +1,4 @@
-"""What ``d2o sample --dry-run`` prints: what was understood of the data. No model is loaded and nothing is written."""
+"""The summary of the data that ``d2o sample --dry-run`` prints. It loads no model and writes nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from d2o_fast.data.row import Row, prompt_key
 from d2o_fast.data.tokens import cut_prompt, encode_rows
 
 BAR = 40  #: characters of a histogram's longest bar
-SHOWN = 400  #: characters that an example shows of a prompt and of a negative
+SHOWN = 400  #: most characters of a prompt, and of a negative, in an example
 
 
 def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) -> str:
-    """Counts, lengths in tokens, what would be cut or refused, and three examples with the region of the loss marked.
+    """Counts, lengths in tokens, cuts, refusals, and up to three examples with the region of the loss marked.
 
     Raises:
-        DataError: a row that sampling would refuse for anything but its length.
+        DataError: sampling would refuse a row for another reason than its length.
     """
     limit, most = config.max_length - config.max_completion_length, config.max_completion_length
     prompts, negatives, anchors = Counter[int](), Counter[int](), Counter[int]()
@@ -59,7 +59,7 @@ def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) 
 
 def _example(row: Row, prompt_ids: list[int], negative_ids: list[int], tokenizer: Any) -> list[str]:
     prompt = tokenizer.decode(prompt_ids)
-    full = tokenizer.decode([*prompt_ids, *negative_ids])  # together: some tokenizers drop a text's first space
+    full = tokenizer.decode([*prompt_ids, *negative_ids])  # decoded together: some tokenizers drop a text's first space
     negative = full[len(prompt) :] if full.startswith(prompt) else tokenizer.decode(negative_ids)
     if len(prompt) > SHOWN:
         prompt = "..." + prompt[-SHOWN:]
@@ -70,10 +70,10 @@ def _example(row: Row, prompt_ids: list[int], negative_ids: list[int], tokenizer
 
 
 def histogram(title: str, lengths: Counter[int]) -> list[str]:
-    """Range, median and mean, and a bar for each power of two: one line each.
+    """A line with range, median and mean, then a line with a bar for each power of two.
 
     Args:
-        lengths: how often each length occurs; at least one does.
+        lengths: the count of each length; not empty.
     """
     low, high = min(lengths), max(lengths)
     mean = sum(length * count for length, count in lengths.items()) / lengths.total()
@@ -91,7 +91,7 @@ def histogram(title: str, lengths: Counter[int]) -> list[str]:
 def _median(lengths: Counter[int]) -> float:
     ordered = sorted(lengths)
     upto = list(accumulate(lengths[length] for length in ordered))
-    middle = ((upto[-1] - 1) // 2, upto[-1] // 2)  # the same one if the number is odd
+    middle = ((upto[-1] - 1) // 2, upto[-1] // 2)  # equal if the number of lengths is odd
     return sum(ordered[bisect_right(upto, place)] for place in middle) / 2
 
 

@@ -1,19 +1,19 @@
-"""Records to rows: which columns hold the prompt and its negative, and whether they hold what they must.
+"""Records to rows: finds the columns of the prompt and its negative, and checks their values.
 
-Six forms are read; what they hold besides (``chosen``, scores, ...) is not used, and named:
+Other columns (``chosen``, scores, ...) are not used, and the log names them. There are six forms:
 
 1. ``prompt``, ``rejected`` and optionally ``anchors`` (a list of responses, drawn elsewhere);
 2. unpaired ``prompt``, ``completion``, ``label``: rows with ``label`` false are negatives, the others are not used;
 3. PKU-SafeRLHF's ``prompt``, ``response_0``, ``response_1``, ``is_response_0_safe``, ``is_response_1_safe``: each
-   response marked unsafe is a negative of its own;
-4. HH-RLHF's ``chosen``, ``rejected``, transcripts as strings: the negative is what follows the last "\\n\\nAssistant:"
-   of ``rejected``, and what stands before it, that mark included, is the prompt;
+   response marked unsafe is a separate negative;
+4. HH-RLHF's ``chosen``, ``rejected``, transcripts as strings: the last "\\n\\nAssistant:" of ``rejected`` ends the
+   prompt, and the negative follows it;
 5. UltraFeedback's ``chosen``, ``rejected``, whole chats as messages (``prompt``, a string, only repeats the question):
    the negative is the last message of ``rejected``;
-6. ms-swift's ``messages``, ``rejected_response``: the negative stands in place of the answer that ends ``messages``.
+6. ms-swift's ``messages``, ``rejected_response``: the negative replaces the answer that ends ``messages``.
 
 Texts are strings, or lists of messages (``[{"role": ..., "content": ...}]``) that go through the chat template.
-Every fault is one DataError that names the file, the row, the field, what was found and what to do.
+Every fault raises a DataError with the file, the row, the field, the fault and the remedy.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _ACCEPTED = (
 )
 
 
-Format = Callable[[dict[str, Any], str, int], Iterator[Row]]  #: record, source and index to the rows of one record
+Format = Callable[[dict[str, Any], str, int], Iterator[Row]]  #: (record, source, index) -> the record's rows
 
 
 # --- Forms -------------------------------------------------------------------------------------------------------
 
 
 def format_of(record: dict[str, Any], source: str, index: int) -> Format:
-    """The form of a source, by its first record. Its docstring says which it is."""
+    """The form of a source, chosen by its first record. The log shows the form's docstring."""
     if all(name in record for name in _SAFE_RLHF):
         return _safe_rlhf
     if "messages" in record and "rejected_response" in record:
@@ -141,7 +141,7 @@ def _swift(record: dict[str, Any], source: str, index: int) -> Iterator[Row]:
     yield Row(prompt, [{"role": "assistant", "content": response}], None, source, index)
 
 
-#: What a form reads; the other columns of a record are not used.
+#: The columns that each form reads. The other columns of a record are not used.
 USED: dict[Format, set[str]] = {
     _paired: {"prompt", "rejected", "anchors"},
     _unpaired: set(_UNPAIRED),

@@ -1,6 +1,6 @@
-"""Rows on the disk, so that memory does not grow with the data, and what is asked of all rows at once.
+"""Rows in a temporary file, and comparisons of all rows by their digests.
 
-In memory stay 12 bytes a row (where it lies), and 16 more while rows are compared with each other.
+Memory holds 12 bytes a row (offset and size), and a digest of 16 bytes a row while rows are compared.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class LazySequence(Sequence[Item]):
-    """A sequence whose items are read when they are asked for. A slice is a list; equal is what has the same items.
+    """A sequence that reads its items on demand. A slice is a list. Two sequences are equal if their items are.
 
-    Those who derive from it give ``__len__`` and ``_read``.
+    Subclasses implement ``__len__`` and ``_read``.
     """
 
     @abstractmethod
@@ -43,7 +43,7 @@ class LazySequence(Sequence[Item]):
     def __getitem__(self, i: slice) -> list[Item]: ...
 
     def __getitem__(self, i: int | slice) -> Item | list[Item]:
-        indices = range(len(self))[i]  # knows negative indices, and raises IndexError
+        indices = range(len(self))[i]  # handles negative indices and raises IndexError
         return self._read(indices) if isinstance(indices, int) else [self._read(place) for place in indices]
 
     def __iter__(self) -> Iterator[Item]:
@@ -58,9 +58,9 @@ class LazySequence(Sequence[Item]):
 
 
 class RowFile(LazySequence[Row]):
-    """Rows in a temporary file without a name, which goes with the process however that ends.
+    """Rows in a nameless temporary file, which the system removes when the process ends, even by a kill.
 
-    It lies where ``TMPDIR`` says and takes about as much room as the data do as JSON Lines.
+    The file is in ``TMPDIR`` and about as large as the data in JSON Lines.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class RowFile(LazySequence[Row]):
         self._starts, self._sizes = array("Q"), array("I")
 
     def append(self, row: Row) -> None:
-        """Puts a row at the end.
+        """Appends a row.
 
         Raises:
-            DataError: a message holds what JSON cannot (a date, bytes).
-            D2OError: there is no room for it.
+            DataError: a message holds a value that JSON cannot hold (a date, bytes).
+            D2OError: the file cannot be written.
         """
         try:
             text = _compact([row.prompt, row.rejected, row.anchors, row.source, row.index])
@@ -105,21 +105,21 @@ class Subset(LazySequence[Item]):
 
 
 def subset(items: Sequence[Item], indices: Sequence[int]) -> Sequence[Item]:
-    """The items at ``indices``: of a list a list, of what is read from the disk a part that is."""
+    """The items at ``indices``: a ``Subset`` of a ``LazySequence``, a list of any other sequence."""
     return Subset(items, indices) if isinstance(items, LazySequence) else [items[i] for i in indices]
 
 
 class _TemporaryFile:
-    """Bytes put to the end of a nameless file and read from any place."""
+    """A nameless file. Bytes are appended at its end and read at any offset."""
 
     def __init__(self) -> None:
         with _room():
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as rows are read from it)
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (stays open while rows are read from it)
         weakref.finalize(self, self._file.close)
         self._end, self._flushed = 0, 0
 
     def append(self, data: bytes) -> int:
-        """Where it lies now."""
+        """Writes ``data`` at the end and returns its offset."""
         start = self._end
         with _room():
             self._file.write(data)
@@ -147,7 +147,7 @@ def _room() -> Iterator[None]:
 
 
 class Digests:
-    """Texts compared with each other without keeping them: by 16 bytes of each."""
+    """Compares texts without keeping them, by a digest of 16 bytes each."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._bytes = bytearray()
@@ -158,16 +158,16 @@ class Digests:
         self._bytes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def distinct(self) -> int:
-        """How many different texts there are."""
+        """The number of different texts."""
         ordered = np.sort(self._array())
         return len(ordered) - int(np.count_nonzero(ordered[1:] == ordered[:-1]))
 
     def shared_with(self, other: Digests) -> int:
-        """How many different texts are in both."""
+        """The number of different texts that are in both."""
         return len(np.intersect1d(self._array(), other._array()))
 
     def repeats(self) -> tuple[np.ndarray, int | None]:
-        """Places of texts that stand at an earlier place too, in order; and where the first of them stood before."""
+        """(sorted indices of texts that repeat an earlier one, index of the text that the first repeats or None)."""
         digests = self._array()
         order = np.argsort(digests, kind="stable")
         ordered = digests[order]
@@ -179,7 +179,7 @@ class Digests:
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """SHA-256 (32 digits of it) over prompt, negative and anchors of every row, in order: of their JSON as one list."""
+    """32 digits of the SHA-256 over one JSON list with the prompt, negative and anchors of every row, in order."""
     digest = hashlib.sha256()
     for i, row in enumerate(rows):
         digest.update(((", " if i else "[") + row_key(row)).encode())

@@ -1,6 +1,6 @@
 """Negatives from files, the Hugging Face hub or memory, read and checked row by row.
 
-What the columns may be: ``data/formats.py``; where rows are kept: ``data/on_disk.py``; token ids: ``data/tokens.py``.
+``data/formats.py`` knows the columns, ``data/on_disk.py`` keeps the rows, ``data/tokens.py`` makes token ids.
 """
 
 from __future__ import annotations
@@ -21,37 +21,23 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.formats import USED, Format, format_of, kind
 from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, subset
 from d2o_fast.data.row import Row, prompt_key, row_key
-from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError, DataError, shortened
-
-__all__ = [
-    "Row",
-    "Source",
-    "prompt_key",
-    "read_rows",
-    "read_sources",
-    "rows_from",
-    "split_by_prompt",
-    "stop_token_ids",
-    "tokenize_rows",
-    "without_duplicates",
-]
 
 logger = logging.getLogger("d2o_fast")
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
-_BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
-_BATCH = 256  # rows of a Parquet file that are in memory at a time
-_BUFFER = 1 << 20  # bytes of each of its columns
+_BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
+_BATCH = 256  # rows of a Parquet file in memory at a time
+_BUFFER = 1 << 20  # bytes of the read buffer of each column
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found under one name: ``count`` records, read as ``columns``, that hold the negatives ``rows``."""
+    """One file or data set: ``count`` records of the form ``columns`` with the negatives ``rows``."""
 
     name: str
     columns: str
-    unused: list[str]  #: columns of the first record
+    unused: list[str]  #: columns of the first record that the form does not read
     count: int
     rows: Sequence[Row]
 
@@ -62,13 +48,13 @@ class Source:
 def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
     """The negatives in ``name``: a .jsonl, .json or .parquet file, or the split of a data set on the Hugging Face hub.
 
-    ``name`` may be a pattern (``data/*.jsonl``) or a list of names, which are read one after the other. A row with the
-    prompt and negative (and anchors) of an earlier row is left out, and the log says how many were. Rows are read and
-    checked one by one and lie in a temporary file until they are used; a .json file that is one list is parsed whole.
+    ``name`` may be a pattern (``data/*.jsonl``) or a list of names, read in order. A row with the prompt, negative and
+    anchors of an earlier row is left out, and the log gives the number. Rows are checked one by one and kept in a
+    temporary file. A .json file that is one list is parsed whole.
 
     Raises:
         DataError: the first fault found, with its place.
-        D2OError: no room for the temporary file.
+        D2OError: the temporary file cannot be written.
     """
     rows = RowFile()
     read_sources(name, split, rows)
@@ -76,13 +62,13 @@ def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
 
 
 def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile | None = None) -> list[Source]:
-    """What stands under each of the names that ``name`` means, in order, duplicates included.
+    """A ``Source`` for each file or data set that ``name`` matches, in order, duplicates included.
 
     Args:
-        rows: where all rows are put, one source after the other; a file of its own if not given.
+        rows: the file to append all rows to; a new one if not given.
 
     Raises:
-        DataError: the first fault found, with its place; a pattern that fits no file; a name given twice.
+        DataError: the first fault found, with its place; no name; a pattern that matches no file; a name given twice.
     """
     names = [each for given in ([name] if isinstance(name, str) else name) for each in _matching(given)]
     if not names:
@@ -95,7 +81,7 @@ def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile 
 
 
 def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
-    """The first of each set of equal rows: the same prompt, negative and anchors. Logs how many were left out."""
+    """The first of each set of rows with equal prompt, negative and anchors. Logs how many were left out."""
     repeats, before = Digests(map(row_key, rows)).repeats()
     if before is None:
         return rows
@@ -125,11 +111,11 @@ def _read_source(name: str, split: str, rows: RowFile) -> Source:
             raise DataError(name, None, None, "no such file", "Check dataset_name")
         if os.path.isfile(path):
             return _source(_read_parquet(path) if extension == ".parquet" else _read_json(path), name, rows)
-    import datasets  # slow to import, and only needed for names on the hub
+    import datasets  # slow to import; needed only for folders and names on the hub
 
     try:
         records = datasets.load_dataset(path if os.path.isdir(path) else name, split=split)
-    except Exception as error:  # whatever the hub, a script or a broken file raises: the cause stays attached
+    except Exception as error:  # the hub, a script or a broken file may raise anything
         found = f"datasets cannot load split '{split}' ({type(error).__name__}: {shortened(str(error), 300)})"
         raise DataError(name, None, None, found, "Check dataset_name, dataset_split and the network") from error
     return _source(_numbered(records, name), name, rows)
@@ -138,10 +124,10 @@ def _read_source(name: str, split: str, rows: RowFile) -> Source:
 def rows_from(records: Any, source: str = "train_dataset") -> Sequence[Row]:
     """The negatives in a list of dicts or a ``datasets.Dataset``, duplicates included; ``Row``s are passed through.
 
-    Those of a list are a list; those of a data set, which has its records on the disk, stay there (``RowFile``).
+    A list gives a list. The rows of a data set, whose records are on the disk, are kept there (``RowFile``).
 
     Raises:
-        DataError: as ``read_rows``; ``source`` is the name that its message gives to the data.
+        DataError: as ``read_rows``. The message calls the data ``source``.
     """
     if isinstance(records, LazySequence) and records and isinstance(records[0], Row):
         return records
@@ -203,7 +189,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
-    """Puts the negatives of ``records`` to the end of ``rows``."""
+    """Appends the negatives of ``records`` to ``rows``."""
     count, first, unused = 0, len(rows), list[str]()
     format_: Format | None = None
     for index, record in records:
@@ -233,10 +219,10 @@ def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | R
 
 
 def split_by_prompt(rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(train, eval): about ``fraction`` of the prompts held out, chosen by a hash of the prompt.
+    """(train, eval): about ``fraction`` of the prompts are held out, chosen by a hash of the prompt.
 
-    A prompt is never on both sides, written as a string or as the user's only message, and it stays on its side when
-    rows are added or reordered.
+    A prompt is never on both sides; a string equals the same text as the user's only message. A prompt keeps its side
+    when rows are added or reordered.
 
     Raises:
         DataError: a fraction above 0 that leaves one side without rows.

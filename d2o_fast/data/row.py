@@ -14,18 +14,18 @@ Text = str | Messages
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with one negative. ``index`` is the row in ``source``, from 1: the line of a .jsonl file."""
+    """One prompt with one negative. ``index`` is the row in ``source``, counted from 1; in a .jsonl file, the line."""
 
     prompt: Text
     rejected: Text  #: a string, or a list of one assistant message
-    anchors: list[Any] | None  #: responses like ``rejected``; None where they are still to be sampled
+    anchors: list[Any] | None  #: responses like ``rejected``; None if they are still to be sampled
     source: str
     index: int
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt as token ids: what people rejected, and what the model wrote itself."""
+    """One prompt with its negative and its anchors, as token ids."""
 
     prompt_ids: list[int]
     rejected_ids: list[int]  #: the negative, ending in EOS unless it was cut
@@ -38,16 +38,16 @@ class Example:
         return [self.rejected_ids, *self.anchor_ids]
 
     def num_tokens(self) -> int:
-        """Tokens of the data: the prompt before each response, as often as there are responses.
+        """Tokens of all responses, each with its prompt.
 
-        What the transformer reads is less where prompts are shared. Counted so, tokens per second of runs with and
-        without sharing compare.
+        The transformer reads fewer if prompts are shared. This count makes tokens per second comparable between runs
+        with and without sharing.
         """
         return sum(len(self.prompt_ids) + len(response) for response in self.responses())
 
 
 def prompt_key(row: Row) -> str:
-    """The same for rows whose prompts ask the same: a lone message of the user is its content."""
+    """Equal for rows with the same prompt. A single message of the user counts as its content."""
     prompt = row.prompt
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         prompt = prompt[0]["content"]
@@ -58,14 +58,14 @@ _canonical = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 def row_key(row: Row) -> str:
-    """The same for rows with the same prompt, negative and anchors."""
+    """Equal for rows with the same prompt, negative and anchors."""
     return _canonical([row.prompt, row.rejected, row.anchors])
 
 
 def prompt_text(row: Row) -> str:
-    """The prompt as a judge sees it: the string itself; of messages, the contents with their roles in front.
+    """The prompt as a judge sees it: the string itself, or ``role: content`` of each message.
 
-    A single message of the user is given as its content alone.
+    A single message of the user gives only its content.
     """
     if isinstance(row.prompt, str):
         return row.prompt

@@ -5,42 +5,33 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.data.row import Example
+from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError, DataError, shortened
-
-if TYPE_CHECKING:
-    from d2o_fast.data.row import Row
 
 logger = logging.getLogger("d2o_fast")
 
 
-def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> list[Example]:
-    """Token ids of every row; ``anchor_ids`` is empty where the row has no anchors.
+def tokenize_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, log: bool = True
+) -> Iterator[Example]:
+    """Yields the token ids of each row; ``anchor_ids`` is empty if the row has no anchors.
 
-    A prompt has the same ids for its negative, its anchors and the sampler: where prompt + response tokenised together
-    starts with other ids than the prompt alone, the response is tokenised alone. A prompt longer than
+    A prompt has the same ids for its negative, its anchors and the sampler. If the ids of prompt + response do not
+    start with the ids of the prompt, the response is tokenised alone. A prompt longer than
     ``max_length - max_completion_length`` loses its start (``keep_end``) or its end (``keep_start``); a leading BOS
     stays. A response ends with EOS (the end-of-turn token in a chat) unless it was cut to ``max_completion_length``.
+
+    Args:
+        log: whether to log the numbers of cuts after the last row.
 
     Raises:
         DataError: a prompt longer than ``max_length``, messages without a chat template or with one that rewrites the
             prompt when the response is added, a text without tokens.
-    """
-    return list(tokenized(rows, tokenizer, config))
-
-
-def tokenized(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, log: bool = True
-) -> Iterator[Example]:
-    """``tokenize_rows`` one row after the other.
-
-    Args:
-        log: says after the last row how many were cut.
     """
     limit = config.max_length - config.max_completion_length
     cut_prompts = cut_responses = merged = 0
@@ -75,18 +66,17 @@ def tokenized(
 def encode_rows(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[list[int]], bool]]:
-    """Of each row, nothing cut: the prompt's ids, those of the negative and of each given anchor, and whether any
-    response had to be tokenised alone.
+    """Yields ``Encoder.encode`` of each row, uncut.
 
     Raises:
-        DataError: as ``tokenize_rows``, lengths aside.
+        DataError: as ``tokenize_rows``, except for lengths.
     """
     encoder = Encoder(tokenizer)
     yield from map(encoder.encode, rows)
 
 
 def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The prompt's ids of each row as ``encode_rows`` gives them, nothing cut.
+    """Yields the prompt ids of each row as in ``encode_rows``, uncut.
 
     Raises:
         DataError: messages that the chat template refuses.
@@ -96,8 +86,11 @@ def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterable[Row]) -> list[int]:
-    """The tokens that end a sampled response: EOS, those that the model's ``generation_config`` names, and in a chat
-    the template's end-of-turn token where it is another one. Sorted."""
+    """Sorted ids of the tokens that end a sampled response.
+
+    These are EOS, the EOS tokens of the model's ``generation_config`` and, if any row is a chat, the template's
+    end-of-turn token.
+    """
     encoder = Encoder(tokenizer)
     named = model.generation_config.eos_token_id
     stops = {encoder.eos, *(named if isinstance(named, list) else [] if named is None else [named])}
@@ -117,7 +110,7 @@ def cut_prompt(ids: list[int], limit: int, mode: str, bos: int | None) -> list[i
 
 
 class Encoder:
-    """Texts to ids with the boundary between prompt and response found in the tokens, special tokens kept apart."""
+    """Turns texts into ids, and finds the boundary between prompt and response in the tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
@@ -129,7 +122,7 @@ class Encoder:
 
     @functools.cached_property
     def turn_end(self) -> list[int]:
-        """What the template writes after a response, from its first special token on: [] if it has none."""
+        """Ids that the template writes after a response, from the first special token on; [] if there is none."""
         content = "d2o"
         text = self._template([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
         tail = self._ids([text[text.rindex(content) + len(content) :]])[0]
@@ -138,7 +131,7 @@ class Encoder:
         return tail[first:]
 
     def encode(self, row: Row) -> tuple[list[int], list[list[int]], bool]:
-        """(prompt ids, ids of the negative and each given anchor, whether any had to be tokenised alone)."""
+        """(prompt ids, ids of the negative and each given anchor, whether any response was tokenised alone)."""
         responses = [row.rejected, *(row.anchors or [])]
         chat = not isinstance(row.prompt, str)
         prompt, fulls = self._render(row, responses) if chat else _joined(row.prompt, responses)
@@ -160,7 +153,7 @@ class Encoder:
         return self._split(self._render(row, [])[0] if chat else str(row.prompt), [], chat)[0]
 
     def continuations(self, row: Row, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it stands behind the row's prompt: no template and no end put to it."""
+        """Ids of each text after the row's prompt. The text gets no template and no end."""
         chat = not isinstance(row.prompt, str)
         prompt = self._render(row, [])[0] if chat else str(row.prompt)
         return self._split(prompt, [prompt + text for text in texts], chat)[1]
@@ -170,7 +163,7 @@ class Encoder:
         return self.turn_end[0] if not isinstance(row.prompt, str) and self.turn_end else self.eos
 
     def _split(self, prompt: str, fulls: list[str], chat: bool) -> tuple[list[int], list[list[int]], bool]:
-        """(prompt ids, ids of what follows the prompt in each of ``fulls``, whether any was tokenised alone)."""
+        """(prompt ids, ids of the part after the prompt in each of ``fulls``, whether any was tokenised alone)."""
         prompt_ids, *full_ids = self._ids([prompt, *fulls])
         if not chat and prompt_ids[: len(self.prefix)] != self.prefix:  # unless the text brings its own BOS
             prompt_ids = self.prefix + prompt_ids
@@ -181,13 +174,13 @@ class Encoder:
             if full[: len(prompt_ids)] != prompt_ids:
                 merged = True
                 text = text[len(prompt) :]
-                # SentencePiece puts a space before every text; with the one that the response has it would be two
+                # SentencePiece puts a space before every text; the response's own would make two.
                 response = self._ids([text.removeprefix(" ") if self.adds_space else text])[0]
             out.append(response)
         return prompt_ids, out, merged
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # Special tokens are added here and not by the tokenizer: some append EOS, which would stand after the prompt.
+        # _split adds the special tokens, not the tokenizer: some append EOS, which would follow the prompt.
         return self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -205,7 +198,7 @@ class Encoder:
         raise D2OError(f"the tokenizer makes {bare} of 'a' alone but {full} with its special tokens around it")
 
     def _ended(self, response: list[int], chat: bool) -> list[int]:
-        """The response as a sampled one would end: with the end-of-turn token of a chat, or with EOS."""
+        """The response with the end of a sampled one: the end-of-turn token of a chat, or EOS."""
         tail = self.turn_end if chat else []
         if tail and response[-len(tail) :] == tail:
             return response[: len(response) - len(tail) + 1]
@@ -218,7 +211,7 @@ class Encoder:
         try:
             prompt = self._template(row.prompt, add_generation_prompt=True)
             fulls = [self._template([*row.prompt, *response]) for response in responses]
-        except Exception as error:  # a template raises what its author chose
+        except Exception as error:  # a template may raise anything
             found = f"the chat template refuses these messages ({shortened(str(error), 200)})"
             raise DataError(row.source, row.index, "prompt", found, "Check the roles and their order") from error
         for full in fulls:

@@ -24,7 +24,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> baselines.Sequence:
-    """prompt + response + EOS as token ids, with the number of tokens of the prompt."""
+    """(token ids of prompt + response + EOS, number of prompt tokens)."""
     prompt_ids, response_ids = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
     return prompt_ids + response_ids + [tokenizer.eos_token_id], len(prompt_ids)
 
@@ -41,8 +41,8 @@ def pretrain(
     """A Llama with 2 layers of 64 channels, trained on a half-and-half mixture of helpful and abusive answers.
 
     Args:
-        pairs: the training prompts' (verb, noun); held-out combinations are never seen.
-        seed: decides the initial weights and the texts.
+        pairs: (verb, noun) of the training prompts. The model never sees the held-out combinations.
+        seed: decides the initial weights, the texts and their order.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -76,7 +76,7 @@ def pretrain(
 def feedback_pairs(
     tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, object]], method: str
 ) -> list[baselines.Pair]:
-    """What a baseline learns from: every unsafe response (GA, NPO), the positive (SFT), or both responses (DPO)."""
+    """The training data of a baseline: every unsafe response (GA, NPO), the positive (SFT), or both responses (DPO)."""
     if method in ("ga", "npo"):
         return [
             baselines.Pair(None, encode(tokenizer, str(row["prompt"]), text))

@@ -1,4 +1,4 @@
-"""report.html of the demo: one file, charts drawn as inline SVG, nothing loaded from elsewhere."""
+"""The demo's report.html: one file with inline SVG charts, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 from d2o_fast.demo.world import LABELS
 
 COLORS = {"harmful": "#c8443c", "helpful": "#2f8f6b", "garbage": "#b9bec8"}
-STACK = ("helpful", "garbage", "harmful")  #: from the floor of a chart to its top, and left to right in a bar
+STACK = ("helpful", "garbage", "harmful")  #: bottom to top in a chart, left to right in a bar
 Shares = dict[str, float]
 
 
 @dataclass
 class MethodResult:
-    """What one method did, measured on the held-out prompts; shares in [0, 1]."""
+    """One method's results on the held-out prompts; shares in [0, 1]."""
 
     name: str
     learns_from: str
     settings: str
     after: Shares
-    curve: list[tuple[int, Shares]]  #: (step, shares), step 0 is the model before
+    curve: list[tuple[int, Shares]]  #: (step, shares); step 0 is the model before training
     seconds: float
 
     def best_moment(self) -> tuple[int, Shares]:
-        """The evaluated step after the start with the highest helpful minus harmful."""
+        """(step, shares) after step 0 with the highest helpful minus harmful."""
         return max(self.curve[1:], key=lambda point: point[1]["helpful"] - point[1]["harmful"])
 
     def most_garbage(self) -> float:
@@ -49,7 +49,7 @@ class DemoResults:
 
 
 def text_table(results: DemoResults) -> str:
-    """The table that ends the demo in the terminal: percent of held-out responses."""
+    """The table that the demo prints at its end: percent of held-out responses."""
     width = max(len(method.name) for method in results.methods) + len("before") - 3
     lines = [
         f"{'method':<{width}}" + "".join(f"{label:>10}" for label in LABELS) + "   best moment: harmful, helpful, step",
@@ -212,7 +212,7 @@ def _training_charts(log: list[dict[str, Any]]) -> str:
 
 
 def _line_chart(title: str, log: list[dict[str, Any]], lines: dict[str, tuple[str, str]]) -> str:
-    """``lines``: name -> (key in the log, colour). A line whose key is nowhere in the log is an error."""
+    """One chart with ``lines``: name -> (key in the log, colour). The log must hold at least one of the keys."""
     series = {name: [(r["step"], float(r[key])) for r in log if key in r] for name, (key, _) in lines.items()}
     values = [value for points in series.values() for _, value in points]
     low, high = min(0.0, *values), max(0.0, *values)
@@ -250,7 +250,7 @@ def _axes(x, y, last: int, ticks: list[tuple[float, str]]) -> str:  # type: igno
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round values within ``low`` to ``high``."""
+    """At most five round values within ``low`` to ``high``."""
     rough = ((high - low) or 1.0) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)

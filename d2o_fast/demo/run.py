@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import platform
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from d2o_fast.demo import baselines, world
 from d2o_fast.demo.model import build_tokenizer, feedback_pairs, pretrain
 from d2o_fast.demo.report import DemoResults, MethodResult, Shares, html_report, text_table
 from d2o_fast.errors import D2OError
+from d2o_fast.software import versions
 from d2o_fast.training.evaluate import judge_model
 from d2o_fast.training.metrics import read_log
 
@@ -146,7 +145,7 @@ def run_demo(folder: Path, seed: int, budget: Budget, run: Command) -> DemoResul
         },
         commands=[f"d2o {' '.join(command)}" for command in commands],
         config_yaml=(folder / "d2o.yaml").read_text(),
-        versions=versions(),
+        versions=versions("d2o-fast", "torch", "transformers", "tokenizers"),
         stages=[*stages, ("everything", time.time() - started)],
     )
     (folder / "results.json").write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
@@ -281,12 +280,6 @@ def _read_eval(folder: Path, samples: int = 12) -> tuple[Shares, Shares, list[di
     for sample in report["samples"]:
         of_prompt.setdefault(sample["prompt"], sample)
     return before, after, list(of_prompt.values())[:samples]
-
-
-def versions() -> dict[str, str]:
-    """The software that a result depends on."""
-    names = ("d2o-fast", "torch", "transformers", "tokenizers")
-    return {"Python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 @contextmanager

@@ -1,18 +1,19 @@
-"""Attention over a row that holds every prompt once (``packing.SharedSequence``), with FlashAttention kernels.
+"""Attention over a row that holds every prompt once (``SharedSequence``), with FlashAttention kernels.
 
-A response's queries see its prompt and, causally, itself. Both are plain varlen attention on contiguous slices, and a
-softmax over two sets of keys is made of the softmaxes over each (o the output, l the log-sum-exp of the scores):
+A response's queries see its prompt and, causally, itself. Both parts are plain varlen attention on contiguous slices.
+The softmax over both sets of keys is merged from the softmax over each (o the output, l the log-sum-exp of the scores):
 
-    own    q = k = v = row           every prompt and response on itself, causal          -> o_1, l_1
-    cross  q = row[TP:], k = v = row[:TP]      a prompt's responses on it, all of it      -> o_2, l_2
+    own    q = k = v = row                  every prompt and response on itself, causal   -> o_1, l_1
+    cross  q = row[TP:], k = v = row[:TP]   responses on their prompt, not causal         -> o_2, l_2
     l = log(e^l_1 + e^l_2),  o = e^(l_1 - l) o_1 + e^(l_2 - l) o_2
 
 The backward of each part needs the probabilities e^(score - l) over *all* keys and D = sum_d(dO * O) of the whole
-output; FlashAttention's backward recomputes both from the output and log-sum-exp that it is given. So it is called once
-for each part with the merged ones, and the parts' gradients add up. (A merge left to autograd is wrong: the kernels
-return a log-sum-exp that passes no gradient on.)
+output. FlashAttention's backward recomputes both from its output and log-sum-exp arguments. So it runs once for each
+part with the merged ones, and the gradients of the parts add up. (Autograd through the merge would be wrong: the
+kernels' log-sum-exp passes no gradient on.)
 
-A sliding window that binds, or a softcap, cannot be split so by every kernel: there each segment gets keys of its own.
+This split is not used under a sliding window that binds, nor under a softcap that the kernel lacks. Each segment then
+gets its own copy of its keys.
 
 Shapes: T tokens of the row, TP prompt tokens, A attention heads, B key/value heads (A is a multiple of B), D channels
 of a head. Queries are (T, A, D), keys and values (T, B, D), log-sum-exps (A, T).
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2o_fast.forward.flash import Kernel
-from d2o_fast.forward.shared_row import SharedSequence, Spans, slices_index, take_rows
+from d2o_fast.forward.shared_sequence import SharedSequence, Spans, slices_index, take_rows
 from d2o_fast.loss.layout import on_device
 from d2o_fast.loss.matmul import wide_dtype
 
@@ -37,7 +38,7 @@ def shared_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row: SharedSequence,
+    sequence: SharedSequence,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -48,47 +49,47 @@ def shared_attention(
     Args:
         q: (T, A, D); k, v: (T, B, D), all of one dtype.
         scale: factor on the scores.
-        window: how many positions a query sees, its own among them; None for all.
+        window: number of positions that a query sees, its own included; None for all.
         softcap: scores become ``softcap * tanh(score / softcap)``.
 
     Returns:
-        (T, A, D), and in words how it was computed.
+        (T, A, D), and the name of the path that ran.
     """
-    if window is not None and window >= row.longest:
+    if window is not None and window >= sequence.longest:
         window = None
     if kernel is None or (softcap and not kernel.softcaps) or (window and not kernel.windows):
-        with torch.autocast(q.device.type, enabled=False):  # the operands have their type already
-            return _by_segment(q, k, v, row, scale, window, softcap), "segment by segment"
+        with torch.autocast(q.device.type, enabled=False):  # the operands already have their dtype
+            return _by_segment(q, k, v, sequence, scale, window, softcap), "segment by segment"
     if window is None:
-        return _Split.apply(q, k, v, row, scale, softcap, kernel), kernel.name
-    keys, values, spans = _gather(k, v, row, window)
+        return _Split.apply(q, k, v, sequence, scale, softcap, kernel), kernel.name
+    keys, values, spans = _gather(k, v, sequence, window)
     return VarlenAttention.apply(q, keys, values, spans, scale, window, softcap, kernel), f"{kernel.name}, windowed"
 
 
 class _Split(torch.autograd.Function):
-    """The two parts of the module's docstring, merged."""
+    """The two parts in the module's docstring, merged."""
 
     @staticmethod
-    def forward(ctx, q, k, v, row, scale, softcap, kernel):  # type: ignore[no-untyped-def]
-        n = row.num_prompt_tokens
-        out, lse = kernel.forward(q, k, v, row.own, True, scale, None, softcap)
-        cross, cross_lse = kernel.forward(q[n:], k[:n], v[:n], row.cross, False, scale, None, softcap)
+    def forward(ctx, q, k, v, sequence, scale, softcap, kernel):  # type: ignore[no-untyped-def]
+        n = sequence.num_prompt_tokens
+        out, lse = kernel.forward(q, k, v, sequence.own, True, scale, None, softcap)
+        cross, cross_lse = kernel.forward(q[n:], k[:n], v[:n], sequence.cross, False, scale, None, softcap)
         # o = o_1 + (o_2 - o_1) e^(l_2 - l), and e^(l_2 - l) = sigmoid(l_2 - l_1)
         share = torch.sigmoid(cross_lse - lse[:, n:]).T.unsqueeze(-1)
         own = out[n:].to(share.dtype)
         out[n:] = own + (cross.to(share.dtype) - own) * share
         lse[:, n:] = torch.logaddexp(lse[:, n:], cross_lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.row, ctx.scale, ctx.softcap, ctx.kernel = row, scale, softcap, kernel
+        ctx.sequence, ctx.scale, ctx.softcap, ctx.kernel = sequence, scale, softcap, kernel
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, out, lse = ctx.saved_tensors
-        row, n, kernel = ctx.row, ctx.row.num_prompt_tokens, ctx.kernel
+        sequence, n, kernel = ctx.sequence, ctx.sequence.num_prompt_tokens, ctx.kernel
         grad = grad.contiguous()
-        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, row.own, True, ctx.scale, None, ctx.softcap)
+        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, sequence.own, True, ctx.scale, None, ctx.softcap)
         dq_cross, dk_cross, dv_cross = kernel.backward(
             grad[n:],
             q[n:],
@@ -96,7 +97,7 @@ class _Split(torch.autograd.Function):
             v[:n],
             out[n:],
             lse[:, n:].contiguous(),
-            row.cross,
+            sequence.cross,
             False,
             ctx.scale,
             None,
@@ -109,7 +110,7 @@ class _Split(torch.autograd.Function):
 
 
 class VarlenAttention(torch.autograd.Function):
-    """Causal attention of segments on keys of their own, aligned at their ends, in one call."""
+    """Causal attention of each segment on its own keys, aligned at the ends, in one call."""
 
     @staticmethod
     def forward(ctx, q, k, v, spans, scale, window, softcap, kernel):  # type: ignore[no-untyped-def]
@@ -125,23 +126,23 @@ class VarlenAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, None
 
 
-def _gather(k: Tensor, v: Tensor, row: SharedSequence, window: int | None) -> tuple[Tensor, Tensor, Spans]:
-    pieces, spans = row.gathered(window)
+def _gather(k: Tensor, v: Tensor, sequence: SharedSequence, window: int | None) -> tuple[Tensor, Tensor, Spans]:
+    pieces, spans = sequence.gathered(window)
     key = ("index", window, k.device)
-    if key not in row._cache:
-        row._cache[key] = on_device(slices_index(pieces), k.device)
-    index = row._cache[key]
+    if key not in sequence._cache:
+        sequence._cache[key] = on_device(slices_index(pieces), k.device)
+    index = sequence._cache[key]
     return take_rows(k, index, pieces), take_rows(v, index, pieces), spans
 
 
 def _by_segment(
-    q: Tensor, k: Tensor, v: Tensor, row: SharedSequence, scale: float, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, sequence: SharedSequence, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Exact with any window, softcap, dtype and device: each segment with its own keys and a mask."""
-    k, v, spans = _gather(k, v, row, window)
+    """Computes each segment with its own keys and a mask. Exact for any window, softcap, dtype and device."""
+    k, v, spans = _gather(k, v, sequence, window)
     outs = []
     for (q0, q1), (k0, k1) in zip(pairwise(spans.cu_q), pairwise(spans.cu_k), strict=True):
-        mask = _mask(row, q1 - q0, k1 - k0, window, q.device)
+        mask = _mask(sequence, q1 - q0, k1 - k0, window, q.device)
         queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
         if softcap:
             out = _capped(queries, keys, values, mask, scale, softcap)
@@ -152,13 +153,13 @@ def _by_segment(
     return torch.cat(outs)
 
 
-def _mask(row: SharedSequence, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    # (queries, keys) bool, the last query at the last key
+def _mask(sequence: SharedSequence, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    # (queries, keys) bool; the last query is aligned with the last key
     name = ("mask", queries, keys, window, device)
-    if name not in row._cache:
+    if name not in sequence._cache:
         distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-        row._cache[name] = (distance >= 0) & (distance < (window or math.inf))
-    return row._cache[name]
+        sequence._cache[name] = (distance >= 0) & (distance < (window or math.inf))
+    return sequence._cache[name]
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""From prompts with their responses to one batch: rows for the transformer, packed response tokens for the head.
+"""Prompts with their responses as one batch: rows for the transformer, packed response tokens for the head.
 
-Either one row for each response, with its prompt before it (``pack``), or a single row that holds each prompt once
-(``pack_shared``, for models that ``forward/sharing.py`` found able to read it). The head sees the same N tokens either way.
+``pack`` makes one row for each response, with its prompt before it. ``pack_shared`` makes a single row that holds each
+prompt once, for models that pass the check in ``forward/sharing.py``. The head sees the same N tokens either way.
 
 Shapes: S responses, T tokens of a row, N response tokens, G prompts, H hidden.
 """
@@ -16,25 +16,25 @@ import torch
 from torch import nn
 
 from d2o_fast.data.row import Example
-from d2o_fast.forward.shared_row import Item, SharedSequence, slices_index, take_rows
+from d2o_fast.forward.shared_sequence import Item, SharedSequence, slices_index, take_rows
 from d2o_fast.loss.layout import ResponseLayout, on_device
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """G prompts with all their responses: a row each, padded on the right, or all in one row, each prompt once."""
+    """G prompts with all their responses: one row per response, padded on the right, or one row for all."""
 
     input_ids: torch.Tensor  #: (rows, T) int64
-    predict_index: torch.Tensor  #: (N,) int64 into the rows' positions: the one that predicts each response token
+    predict_index: torch.Tensor  #: (N,) int64: flat position in the rows that predicts each response token
     targets: torch.Tensor  #: (N,) int64, the response tokens
     layout: ResponseLayout
     ref_logps: torch.Tensor  #: (S,) fp32; empty if the examples are unscored
-    num_tokens: int  #: as ``Example.num_tokens`` counts
+    num_tokens: int  #: sum of ``Example.num_tokens``
     position_ids: torch.Tensor | None = None  #: (1, T) int64 of a shared row
-    row: SharedSequence | None = None  #: where prompts and responses lie in a shared row
+    shared: SharedSequence | None = None  #: positions of prompts and responses in a shared row
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on ``device``; from pinned memory, without waiting."""
+        """The same batch on ``device``, copied from pinned memory without waiting."""
         if device.type == "cpu":
             return self
         return replace(
@@ -48,16 +48,16 @@ class PackedBatch:
 
 
 def pack(examples: Sequence[Example], pad_token_id: int, min_anchors: int = 1) -> PackedBatch:
-    """One row ``prompt + response`` for every response, and where its response tokens are predicted.
+    """One row ``prompt + response`` for every response.
 
-    Padding on the right needs no attention mask: causal attention never looks at it from a real token.
+    Padding on the right needs no attention mask: under causal attention no real token sees it.
 
     Args:
-        min_anchors: fewest anchors of an example; 0 where responses are scored and no loss is computed.
+        min_anchors: fewest anchors of an example; 0 if responses are scored and no loss is computed.
 
     Raises:
-        ValueError: no example, an empty prompt or response, an example with fewer anchors, scores for some of them
-            only.
+        ValueError: no example, an empty prompt or response, an example with fewer anchors, scores for only some
+            responses.
     """
     rows = [(example.prompt_ids, response) for example in examples for response in example.responses()]
     common = _common(examples, min_anchors)
@@ -72,17 +72,17 @@ def pack(examples: Sequence[Example], pad_token_id: int, min_anchors: int = 1) -
 
 
 def pack_shared(examples: Sequence[Example], watch: bool = False, min_anchors: int = 1) -> PackedBatch:
-    """All prompts and then all responses as one row (``forward/shared_row.py``).
+    """All prompts and then all responses as one row (``forward/shared_sequence.py``).
 
     Args:
-        watch: the row notes every attention call.
+        watch: whether the row records its attention calls.
         min_anchors: as ``pack``.
 
     Raises:
         ValueError: as ``pack``.
     """
     common = _common(examples, min_anchors)
-    row = SharedSequence(
+    sequence = SharedSequence(
         tuple(len(example.prompt_ids) for example in examples),
         tuple(tuple(len(response) for response in example.responses()) for example in examples),
         seen=[] if watch else None,
@@ -90,9 +90,9 @@ def pack_shared(examples: Sequence[Example], watch: bool = False, min_anchors: i
     tokens = [token for example in examples for token in example.prompt_ids]
     return PackedBatch(
         input_ids=torch.cat([torch.tensor(tokens), common["targets"]])[None],
-        predict_index=slices_index(row.predicting()),
-        position_ids=row.position_ids()[None],
-        row=row,
+        predict_index=slices_index(sequence.predicting()),
+        position_ids=sequence.position_ids()[None],
+        shared=sequence,
         **common,
     )
 
@@ -125,11 +125,11 @@ def row_tokens(examples: Sequence[Example], shared: bool) -> int:
 
 
 def step_batches(examples: Sequence[Example], size: int, budget: int | None, shared: bool) -> list[Sequence[Example]]:
-    """A step's prompts in the pieces that go through the model one after the other.
+    """Splits a step's prompts into the batches that go through the model one by one.
 
     Args:
-        size: prompts in each, if there is no budget.
-        budget: most tokens read at once (``row_tokens``); a prompt that alone has more goes alone.
+        size: prompts of a batch, if there is no budget.
+        budget: most ``row_tokens`` of a batch; a prompt that exceeds it alone is a batch of its own.
     """
     if budget is None:
         return [examples[start : start + size] for start in range(0, len(examples), size)]
@@ -140,24 +140,24 @@ def step_batches(examples: Sequence[Example], size: int, budget: int | None, sha
     return [*micro_batches(examples, lambda example: cost([example]), cost, budget)]
 
 
-def shared_arguments(row: SharedSequence, device: torch.device) -> dict[str, Any]:
-    """What a decoder is called with beside ``input_ids`` and ``position_ids`` of a shared row.
+def shared_arguments(sequence: SharedSequence, device: torch.device) -> dict[str, Any]:
+    """The arguments of a decoder for a shared row, besides ``input_ids`` and ``position_ids``.
 
-    transformers hands a four-dimensional mask on as it is. This one says nothing and only keeps it from making masks
-    of its own, and from reading positions back from the device to see whether they are packed.
+    transformers passes a four-dimensional mask on unchanged. This dummy mask hides nothing. It keeps transformers from
+    building its own masks, and from reading positions back from the device to detect packing.
     """
-    return {"attention_mask": torch.zeros((1, 1, 1, 1), device=device), "use_cache": False, "shared_row": row}
+    return {"attention_mask": torch.zeros((1, 1, 1, 1), device=device), "use_cache": False, "shared_sequence": sequence}
 
 
 def response_hidden(decoder: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """(N, H): the hidden state that predicts each response token; under autocast in its dtype, as for any head."""
-    if batch.row is None:
+    """(N, H): the hidden state that predicts each response token; under autocast, in autocast's dtype."""
+    if batch.shared is None:
         hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predict_index)
     else:
-        arguments = shared_arguments(batch.row, batch.input_ids.device)
+        arguments = shared_arguments(batch.shared, batch.input_ids.device)
         output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **arguments)
-        hidden = take_rows(output.last_hidden_state[0], batch.predict_index, batch.row.predicting())
+        hidden = take_rows(output.last_hidden_state[0], batch.predict_index, batch.shared.predicting())
     device = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
@@ -165,13 +165,13 @@ def response_hidden(decoder: nn.Module, batch: PackedBatch) -> torch.Tensor:
 def micro_batches(
     items: Sequence[Item], length: Callable[[Item], int], cost: Callable[[Sequence[Item]], int], budget: int
 ) -> list[list[Item]]:
-    """``items`` in as few batches of neighbours in length as ``budget`` allows, and these as even as they can be.
+    """Splits ``items``, sorted by length, into as few batches as ``budget`` allows, with costs as even as possible.
 
-    A function of its arguments alone. Each batch costs at most ``budget``, unless it is a single item.
+    The result depends on the arguments alone. A batch costs at most ``budget``, unless it is a single item.
     """
     ordered = sorted(items, key=length, reverse=True)
     batches = _fill(ordered, cost, budget)
-    # The smallest limit that needs no more batches: the last one is then not a small rest.
+    # Find the smallest limit that needs no more batches, so that the last batch is not a small rest.
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""FlashAttention kernels of one interface: varlen, with the log-sum-exp as a result and as the backward's argument.
+"""FlashAttention kernels behind one interface: varlen; the forward returns the log-sum-exp, the backward takes it.
 
 Shapes: T tokens of a row, A attention heads, B key/value heads (A is a multiple of B), D channels of a head. Queries
 are (T, A, D), keys and values (T, B, D), log-sum-exps (A, T).
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2o_fast.forward.shared_row import Spans
+from d2o_fast.forward.shared_sequence import Spans
 
 aten = torch.ops.aten
 
@@ -19,13 +19,13 @@ aten = torch.ops.aten
 class Kernel(Protocol):
     """Varlen attention that returns its log-sum-exp, and a backward that takes output and log-sum-exp as arguments.
 
-    Causal means aligned at the ends: a segment's last query sees its last key. ``window``: keys that a query sees, its
-    own position among them; None for all.
+    ``causal`` aligns the ends: a segment's last query sees its last key. ``window`` is the number of keys that a query
+    sees, its own position included; None for all.
     """
 
     name: str
-    windows: bool  #: whether it can do windows
-    softcaps: bool  #: whether it can do softcaps
+    windows: bool  #: whether it supports windows
+    softcaps: bool  #: whether it supports softcaps
 
     def forward(
         self,
@@ -56,12 +56,12 @@ class Kernel(Protocol):
 
 
 class CpuFlash:
-    """torch's FlashAttention for CPUs, which has no varlen form: one call for each run of equally long segments."""
+    """torch's FlashAttention for CPUs. It has no varlen form, so each run of equally long segments is one call."""
 
     name, windows, softcaps = "torch's flash attention on the CPU", False, False
 
     def forward(self, q, k, v, spans, causal, scale, window, softcap):  # type: ignore[no-untyped-def]
-        if causal and spans.cu_q != spans.cu_k:  # its causality is aligned at the beginnings
+        if causal and spans.cu_q != spans.cu_k:  # its causal mask is aligned at the starts
             raise ValueError("torch's flash attention on the CPU can be causal only where queries and keys are as many")
         outs, lses = [], []
         for count, q_first, q_length, k_first, k_length in spans.runs:
@@ -98,8 +98,9 @@ def _one_row(parts: list[Tensor]) -> Tensor:
 
 
 class CudaFlash:
-    """FlashAttention as torch ships it for CUDA: fp16 and bf16. Deterministic (dQ without atomics, slower) where
-    ``torch.use_deterministic_algorithms`` asks for it.
+    """torch's FlashAttention for CUDA, for fp16 and bf16.
+
+    ``torch.use_deterministic_algorithms`` makes it deterministic (dQ without atomics, slower).
     """
 
     name, windows, softcaps = "torch's flash attention on CUDA", True, False
@@ -129,7 +130,7 @@ class CudaFlash:
             *_offsets(spans, q.device),
             0.0,
             causal,
-            torch.zeros(2, dtype=torch.uint64, device=q.device),  # the state of a dropout that is not there
+            torch.zeros(2, dtype=torch.uint64, device=q.device),  # random state of the dropout, which is off
             torch.empty(0, device=q.device),
             scale=scale,
             **_window(window),
@@ -147,7 +148,7 @@ def _window(window: int | None) -> dict[str, int]:
 class FlashAttnPackage:
     """The flash-attn package (2.8 or later), for models loaded with attn_implementation="flash_attention_2".
 
-    Written to its interface and not run yet; the comparison before the first step (``forward/sharing.py``) judges it.
+    Written from its interface and not run yet. ``forward/sharing.py`` compares its results before the first step.
     """
 
     name, windows, softcaps = "the flash-attn package (unverified)", True, True
@@ -192,7 +193,7 @@ class FlashAttnPackage:
 
 
 def choose_kernel(q: Tensor, v: Tensor, implementation: str) -> Kernel | None:
-    """The kernel for these heads where the model runs under ``implementation``; None: none of them can."""
+    """The kernel for these heads in a model with attention ``implementation``; None if no kernel supports them."""
     if q.shape[-1] != v.shape[-1]:
         return None
     if q.device.type == "cpu":

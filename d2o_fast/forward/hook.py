@@ -1,4 +1,10 @@
-"""The entry into transformers' attention."""
+"""Our entry in transformers' table of attention functions.
+
+transformers looks the attention function up by name at every call. ``install`` replaces the entry that the model uses,
+for the rest of the process. Without a ``SharedSequence`` in the call our entry calls the original; with one it computes
+``shared_attention``. (An entry removed after the forward would be missing when activation checkpointing recomputes a
+layer.)
+"""
 
 from __future__ import annotations
 
@@ -17,23 +23,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.attention import shared_attention
 from d2o_fast.forward.flash import choose_kernel
-from d2o_fast.forward.shared_row import SharedSequence
+from d2o_fast.forward.shared_sequence import SharedSequence
 from d2o_fast.model.parts import base_of
 
-#: "eager" is no entry of transformers' table: every model file brings its own. Models under it get this name instead.
+#: transformers' table has no entry "eager", because every model file brings its own. Such models get this name instead.
 EAGER = "d2o_eager"
 
 
-_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}  # tensors in a call that change nothing in it
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}  # tensor arguments that do not change the result
 
 
 class SharingRefused(D2OError):
-    """Why one pass per prompt would not be exact for this model."""
+    """One pass per prompt would not be exact for this model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call that a watched row has seen."""
+    """One attention call on a watched row."""
 
     module: nn.Module
     window: int | None
@@ -41,10 +47,10 @@ class Call:
 
 
 def install(model: nn.Module) -> None:
-    """Puts our entry under the name of the model's attention; done before, nothing happens.
+    """Puts our entry under the name of the model's attention. A second call does nothing.
 
     Raises:
-        SharingRefused: an implementation that is neither in transformers' table nor "eager".
+        SharingRefused: the implementation is neither in transformers' table nor "eager", or cannot be replaced.
     """
     base = base_of(model)
     name = base.config._attn_implementation
@@ -63,10 +69,10 @@ def install(model: nn.Module) -> None:
 
 def _entry(original: Callable[..., Any], implementation: str) -> Callable[..., Any]:
     @functools.wraps(original)
-    def attention(module: nn.Module, *args: Any, shared_row: SharedSequence | None = None, **kwargs: Any) -> Any:
-        if shared_row is None:
+    def attention(module: nn.Module, *args: Any, shared_sequence: SharedSequence | None = None, **kwargs: Any) -> Any:
+        if shared_sequence is None:
             return original(module, *args, **kwargs)
-        return _call(module, *args, row=shared_row, implementation=implementation, **kwargs), None
+        return _call(module, *args, sequence=shared_sequence, implementation=implementation, **kwargs), None
 
     attention.d2o_original = original  # type: ignore[attr-defined]
     return attention
@@ -83,7 +89,7 @@ def _call(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row: SharedSequence,
+    sequence: SharedSequence,
     implementation: str,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -105,11 +111,11 @@ def _call(
     if unknown:
         raise SharingRefused(f"its attention takes {', '.join(unknown)}, unknown here")
     device = query.device.type
-    # Position embeddings leave queries and keys in fp32 under autocast; the values are in its type.
+    # Under autocast, position embeddings leave queries and keys in fp32; the values have autocast's dtype.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out, how = shared_attention(q, k, v, row, scale, sliding_window, softcap, choose_kernel(q, v, implementation))
-    if row.seen is not None:
-        row.seen.append(Call(module, sliding_window, how))
+    out, how = shared_attention(q, k, v, sequence, scale, sliding_window, softcap, choose_kernel(q, v, implementation))
+    if sequence.seen is not None:
+        sequence.seen.append(Call(module, sliding_window, how))
     return out.unsqueeze(0)

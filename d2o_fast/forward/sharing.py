@@ -1,12 +1,8 @@
-"""One pass over a prompt for all its responses, inside unmodified models of transformers, and the proof of exactness.
+"""Decides whether one pass over a prompt can serve all its responses, and proves that the result is exact.
 
-transformers looks the attention function up by name at every call. ``install`` puts an entry of ours under the name
-that the model uses, once and for good: without a ``SharedSequence`` in the call it hands everything on to the original,
-with one it computes ``shared_attention``. (An entry that came and went around the forward would be gone when activation
-checkpointing recomputes a layer.)
-
-Not every model can be served so. Some ignore the entry, some carry a state from one token to the next past it, some
-drop its arguments. None of them says so, hence ``verify`` before the first use.
+``forward/hook.py`` puts the attention of a shared row into unmodified models of transformers. Some models ignore it,
+some carry a state from token to token outside it, and some drop its arguments. None of them reports this, so
+``verify`` runs before the first use.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.batch import PackedBatch, pack, pack_shared, response_hidden, shared_arguments
 from d2o_fast.forward.hook import Call, SharingRefused, install
-from d2o_fast.forward.shared_row import SharedSequence
+from d2o_fast.forward.shared_sequence import SharedSequence
 from d2o_fast.loss.ops import linear_logprob
 from d2o_fast.model.parts import autocast, base_of, evaluating, head_of
 
@@ -34,7 +30,7 @@ _said: set[str] = set()
 
 
 class Sharing(NamedTuple):
-    """Whether prompts are shared, and in words which attention runs, or why not."""
+    """Whether prompts are shared, and the name of the attention that runs or the reason against sharing."""
 
     on: bool
     text: str
@@ -48,14 +44,14 @@ def choose_sharing(
     pad: int,
     training: bool = False,
 ) -> Sharing:
-    """Whether each prompt can be read once for all its responses. What was found is logged, the same words once.
+    """Decides whether each prompt is read once for all its responses. Logs the result, the same text only once.
 
     Args:
-        examples: the first one serves for the comparison.
-        training: in training mode, where dropout would be shared too.
+        examples: the first one is used for the comparison.
+        training: whether the model runs in training mode, where responses would share their dropout.
 
     Raises:
-        D2OError: it cannot, but ``config.shared_prefix`` is true.
+        D2OError: sharing is not exact, but ``config.shared_prefix`` is true.
     """
     base = base_of(model)
     plain = f"one row per response ({base.config._attn_implementation})"
@@ -81,19 +77,16 @@ def _say(sharing: Sharing) -> Sharing:
     return sharing
 
 
-# --- The entry in transformers' table --------------------------------------------------------------------------------
-
-
 # --- The proof -----------------------------------------------------------------------------------------------------
 
 
 def verify(
     model: nn.Module, decoder: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int, training: bool
 ) -> list[str]:
-    """Checks that sharing is exact for this model and these examples; how its attention is computed, in words.
+    """Checks that sharing is exact for this model and these examples. Returns the names of the attention paths.
 
     Raises:
-        SharingRefused: with the reason.
+        SharingRefused: sharing is not exact.
     """
     if training:
         for name, module in decoder.named_modules():
@@ -110,7 +103,7 @@ def verify(
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """As the trainer runs it; afterwards every submodule is in the mode it was in before."""
+    """Training mode inside; afterwards every submodule is back in its previous mode."""
     with evaluating(model):
         model.train()
         try:
@@ -120,20 +113,20 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D2OConfig) -> None:
-    """One attention call per layer, with the window that the configuration names; and responses that do not meet."""
+    """Checks that every layer makes one attention call with its configured window, and that responses do not mix."""
     settings = base_of(model).config.get_text_config()
-    row = SharedSequence((3, 2), ((4, 3), (2, 5)), seen=[])
-    tokens = torch.arange(sum(row.prompts) + 14) * 7 % (head_of(model).weight.shape[0] - 1) + 1
+    sequence = SharedSequence((3, 2), ((4, 3), (2, 5)), seen=[])
+    tokens = torch.arange(sum(sequence.prompts) + 14) * 7 % (head_of(model).weight.shape[0] - 1) + 1
     changed = tokens.clone()
     changed[5:9] = tokens[5:9].roll(1)  # the first response of the first prompt
     try:
         with autocast(config, device):
-            first, second = (_forward(decoder, ids.to(device), row) for ids in (tokens, changed))
+            first, second = (_forward(decoder, ids.to(device), sequence) for ids in (tokens, changed))
     except SharingRefused:
         raise
-    except Exception as error:  # whatever a model may do with a call that it does not expect
+    except Exception as error:  # a model may raise anything on an unexpected call
         raise SharingRefused(f"its forward failed on a shared row ({type(error).__name__}: {error})") from error
-    calls: list[Call] = row.seen or []
+    calls: list[Call] = sequence.seen or []
     modules = {id(call.module) for call in calls}
     layers = settings.num_hidden_layers
     if len(modules) != layers or len(calls) != 2 * layers:
@@ -152,9 +145,9 @@ def _probe(model: nn.Module, decoder: nn.Module, device: torch.device, config: D
     _check_windows(calls[:layers], settings)
 
 
-def _forward(decoder: nn.Module, ids: torch.Tensor, row: SharedSequence) -> torch.Tensor:
-    batch = {"input_ids": ids[None], "position_ids": row.position_ids()[None].to(ids.device)}
-    return decoder(**batch, **shared_arguments(row, ids.device)).last_hidden_state
+def _forward(decoder: nn.Module, ids: torch.Tensor, sequence: SharedSequence) -> torch.Tensor:
+    batch = {"input_ids": ids[None], "position_ids": sequence.position_ids()[None].to(ids.device)}
+    return decoder(**batch, **shared_arguments(sequence, ids.device)).last_hidden_state
 
 
 def _check_windows(calls: Sequence[Call], settings: Any) -> None:
@@ -171,7 +164,7 @@ def _check_windows(calls: Sequence[Call], settings: Any) -> None:
 def _compare(
     model: nn.Module, decoder: nn.Module, examples: Sequence[Example], config: D2OConfig, pad: int
 ) -> list[str]:
-    """Log-probabilities of the first prompt's response tokens, shared against one row per response."""
+    """Compares the log-probabilities from a shared row and from one row per response. Returns the attention paths."""
     head = head_of(model)
     device = head.weight.device
 
@@ -187,13 +180,13 @@ def _compare(
     tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     error, limit = rms(logps(shared)), 2e-2 if tf32 else 1e-3
     if config.dtype == "bfloat16" and error <= limit:
-        # bf16 moves both; the shared one may be no further from fp32 than the other, up to chance.
+        # bf16 moves both results. By chance the shared one may be somewhat further from fp32.
         with autocast(config, device):
-            shared.row.seen.clear()  # type: ignore[union-attr]
+            shared.shared.seen.clear()  # type: ignore[union-attr]
             error, limit = rms(logps(shared)), 2 * rms(logps(separate)) + 1e-3
     if not error <= limit:
         raise SharingRefused(
             f"the log-probabilities of the first prompt's response tokens differ by {error:.1e} nats (RMS; at most "
             f"{limit:.1e} may come from rounding) between one pass per prompt and one row per response"
         )
-    return list(dict.fromkeys(call.how for call in shared.row.seen))  # type: ignore[union-attr]
+    return list(dict.fromkeys(call.how for call in shared.shared.seen))  # type: ignore[union-attr]

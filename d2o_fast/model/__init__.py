@@ -1,1 +1,1 @@
-"""A Hugging Face model: loaded, taken apart into decoder and head, its adapter, its identity."""
+"""A Hugging Face model: loading, decoder and head, adapter, identity."""

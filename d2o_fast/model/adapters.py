@@ -1,7 +1,7 @@
-"""Adapters of peft: found in a folder, put on their base, and what a model with one is before training.
+"""Adapters of peft: finds them, puts them on their base, and tells the initial policy of a model with one.
 
-A *fresh* adapter changes nothing yet: the model without it is the initial policy, which any run on the same base
-shares. Any other adapter is a part of the initial policy and stays active wherever that one draws or scores.
+A *fresh* adapter changes nothing yet: the initial policy is the model without it, and all runs on the same base share
+it. Any other adapter is a part of the initial policy and stays active when that policy draws or scores.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from d2o_fast.errors import D2OError
 
 
 def adapter_base(name: str) -> str | None:
-    """The model under the adapter that a folder or hub name holds; None if it holds a whole model.
+    """The name of the base of the adapter in a folder or under a hub name; None if no adapter is there.
 
     Raises:
         OSError: no such name on the hub.
-        D2OError: the adapter does not say whose it is.
+        D2OError: the adapter's configuration is damaged or names no base.
     """
     path = find_adapter_config_file(name)
     if path is None:
@@ -43,7 +43,7 @@ def adapter_base(name: str) -> str | None:
 
 
 def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
-    """``base`` with the adapter of a folder or hub name on it, a PeftModel.
+    """A PeftModel: ``base`` with the adapter from a folder or hub name.
 
     Raises:
         D2OError: peft is missing, or the adapter does not fit.
@@ -61,8 +61,8 @@ def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
 def is_fresh(model: nn.Module) -> bool:
     """Whether a PeftModel is, to the bit, the model without its adapters; True for a model without any.
 
-    LoRA is where A or B is zero and ``modules_to_save`` are as they were. Whatever cannot be told so counts as trained:
-    of DoRA, IA3 and the like, the model with the adapter is the right initial policy in any case.
+    LoRA is fresh if A or B is zero and ``modules_to_save`` are unchanged. Any other adapter (DoRA, IA3, ...) counts as
+    trained: the model with the adapter is a right initial policy in any case.
     """
     if not hasattr(model, "peft_config"):
         return True
@@ -78,7 +78,7 @@ def _adds_nothing(name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor
         return tensor.equal(state[f"{module}.original_module.{adapted.partition('.')[2]}"])
     for a, b in ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B.")):
         if a in name:
-            return True  # looked at with its B
+            return True  # checked with its B
         if b in name:
             partner = state.get(name.replace(b, a))
             return not tensor.any() or (partner is not None and not partner.any())
@@ -86,14 +86,14 @@ def _adds_nothing(name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor
 
 
 def initial_policy(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, a model that was not trained yet is the initial policy: with its adapter, or without a fresh one."""
+    """A context in which an untrained model is the initial policy: its adapter is disabled if it is fresh."""
     if not hasattr(model, "peft_config") or not is_fresh(model):
         return contextlib.nullcontext()
     return model.disable_adapter()
 
 
 def adapter_of(model: Any) -> tuple[Any, dict[str, Any]]:
-    """(peft's configuration, tensors by name) of a PeftModel's only adapter, its own name left out.
+    """(peft's configuration, tensors by name) of a PeftModel's only adapter. The names omit the adapter's own name.
 
     Raises:
         D2OError: more than one adapter.
@@ -108,10 +108,11 @@ def adapter_of(model: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def add_adapter(model: Any, config: D2OConfig, peft_config: Any = None) -> Any:
-    """The model with a fresh adapter if one is asked for, else as it is. Its initial values are seeded by ``seed``.
+    """The model, with a fresh adapter if one is asked for. ``config.seed`` seeds the adapter's initial values.
 
     Raises:
-        D2OError: peft is missing, the model has adapters already, or the configuration does not fit it.
+        D2OError: peft is missing; the model has an adapter besides the one to train; the configuration does not fit the
+            model; no parameter is trainable.
     """
     adapters = getattr(model, "peft_config", None)
     if adapters is not None:

@@ -1,4 +1,4 @@
-"""What a model or a tokenizer is, by content: digests that a moved or renamed folder leaves as they are."""
+"""Digests of a model's or a tokenizer's content. Moving or renaming the folder does not change them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 from d2o_fast.model.adapters import adapter_of, is_fresh
 from d2o_fast.model.parts import base_of
 
-# Keys of a model's configuration that leave its log-probabilities as they are; EOS enters by stop_token_ids.
+# Keys of a model's configuration that do not change its log-probabilities. EOS is compared as stop_token_ids.
 _NO_EFFECT = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),
     *("_attn_implementation", "attn_implementation", "pad_token_id", "bos_token_id", "eos_token_id"),
     *("initializer_range", "output_attentions", "output_hidden_states", "return_dict"),
 }
-# The same of an adapter's.
+# The same for an adapter's configuration.
 _NO_EFFECT_ADAPTER = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"),
     "init_lora_weights",
@@ -27,15 +27,16 @@ _NO_EFFECT_ADAPTER = {
 
 
 class Identity(NamedTuple):
-    """Two models with the same one give the same log-probabilities, up to rounding."""
+    """Two models with equal identities give the same log-probabilities, up to rounding."""
 
     weights: str
     config: str
-    adapter: str | None  #: of an adapter that is not fresh: its weights and configuration
+    adapter: str | None  #: weights and configuration of an adapter that is not fresh, else None
 
 
 def identity_of(model: nn.Module) -> Identity:
-    """
+    """The digests that identify ``model``.
+
     Raises:
         D2OError: several adapters, or one that learns prompts.
     """
@@ -47,7 +48,7 @@ def identity_of(model: nn.Module) -> Identity:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 (32 digits of it) over name, dtype, shape and bytes of every tensor in the state dict, adapters left out.
+    """32 digits of the SHA-256 over name, dtype, shape and bytes of every tensor in the state dict, without adapters.
 
     A PeftModel has the digest of the model that it wraps.
     """
@@ -63,15 +64,15 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """Of all in a model's configuration that decides its logits, its type included."""
+    """Digest of the model's type and of every key of its configuration that may change its logits."""
     return digest([config.model_type, _fields(config, _NO_EFFECT)])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of all that decides which ids a text becomes, special tokens included; not of the chat template."""
+    """Digest of everything that decides the ids of a text, special tokens included, but not of the chat template."""
     if hasattr(tokenizer, "backend_tokenizer"):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content.pop("padding"), content.pop("truncation")  # the state of the last call
+        content.pop("padding"), content.pop("truncation")  # left by the last call
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab()]
     return digest([content, tokenizer.bos_token_id, tokenizer.eos_token_id])
@@ -92,10 +93,10 @@ def _described(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _fields(config: Any, without: set[str]) -> dict[str, Any]:
-    # Fields at their default are left out, so that a new version of a library may add some.
+    # Fields at their default are left out, so that a new version of a library may add fields.
     try:
         default = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class whose fields have no defaults: all of them count
+    except (TypeError, ValueError):  # a class whose fields have no defaults: all fields count
         default = {}
     return {
         name: sorted(value) if isinstance(value, set) else value

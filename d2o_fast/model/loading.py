@@ -1,10 +1,4 @@
-"""Unmodified Hugging Face causal language models, taken apart into a decoder and a head.
-
-The head's product with the hidden states is left to the fused loss, so the model's own ``forward``, which would build
-``[tokens, vocabulary]`` logits, is called only once: to prove on a few tokens that decoder and head give its logits.
-
-Shapes: N response tokens, V vocabulary, H hidden, T tokens of a row.
-"""
+"""Loads models, tokenizers and trained weights. Models have fp32 master weights."""
 
 from __future__ import annotations
 
@@ -30,13 +24,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 def load_model(config: D2OConfig, name: str | None = None, setting: str = "model_name_or_path") -> Any:
     """The causal language model ``name`` (default ``config.model_name_or_path``) with fp32 master weights.
 
-    Where ``name`` holds an adapter, a PeftModel: the adapter, trainable, on the model that it names as its base.
+    If ``name`` holds an adapter, returns a PeftModel: the trainable adapter on its base.
 
     Args:
-        setting: what messages call the name.
+        setting: the setting that error messages name.
 
     Raises:
-        D2OError: no name given, or nothing that transformers can load under it; an adapter on an adapter.
+        D2OError: no name is given, transformers cannot load it, or an adapter's base is an adapter.
     """
     name = _known(name or config.model_name_or_path, setting)
     base = _base_under(name, setting)
@@ -52,18 +46,18 @@ def load_model(config: D2OConfig, name: str | None = None, setting: str = "model
         raise D2OError(f"{setting} '{name}' cannot be loaded as a causal language model: {error}") from error
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not options and model.config._attn_implementation == "sdpa":
-        # sdpa has no softcap. Older versions of transformers run Gemma 2 under it all the same, without the cap.
+        # sdpa has no softcap. Older versions of transformers run Gemma 2 with it nevertheless, without the cap.
         model.set_attn_implementation("eager")
     return model
 
 
 def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside the model, with ``config.chat_template_path`` in place of its template if given.
+    """The model's tokenizer; ``config.chat_template_path``, if given, replaces its chat template.
 
-    An adapter without one has that of its base.
+    An adapter without a tokenizer uses the one of its base.
 
     Raises:
-        D2OError: it cannot be loaded, or has no end-of-sequence token.
+        D2OError: it cannot be loaded, has no end-of-sequence token, or chat_template_path is not a file.
     """
     name = _known(name or config.model_name_or_path, "model_name_or_path")
     name = _tokenizer_place(name) or name
@@ -82,7 +76,7 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether ``load_tokenizer`` finds one: in the folder or under the hub name, or beside its adapter's base."""
+    """Whether ``load_tokenizer`` finds a tokenizer in the folder, under the hub name or with the adapter's base."""
     return _tokenizer_place(os.path.expanduser(name)) is not None
 
 
@@ -91,14 +85,14 @@ def _tokenizer_place(name: str) -> str | None:
         for place in (name, adapter_base(name)):
             if place is not None and any(has_file(place, file) for file in _TOKENIZER_FILES):
                 return place
-    except OSError:  # no such name: whoever loads the model says so
+    except OSError:  # no such name: loading the model reports it
         pass
     return None
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own inside: they would break up the training's."""
+    """Turns transformers' progress bars off inside. They would break up the bar of the training."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -125,7 +119,7 @@ def _known(name: str, setting: str) -> str:
 
 
 def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
-    """The model with fp32 master weights on the device, liger-kernel's parts in it where asked for.
+    """The model with fp32 master weights on the device, and with liger-kernel's parts if ``config`` asks for them.
 
     A model object is changed in place.
 
@@ -161,10 +155,10 @@ def _apply_liger(model: PreTrainedModel) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Puts the weights that ``save_pretrained`` wrote into ``folder`` into ``model``, in place.
+    """Reads the weights that ``save_pretrained`` wrote to ``folder`` into ``model``, in place.
 
     Raises:
-        D2OError: they belong to another model.
+        D2OError: they cannot be read or belong to another model.
     """
     try:
         if hasattr(model, "peft_config"):
@@ -176,7 +170,7 @@ def load_weights(model: Any, folder: Path) -> None:
             if result.unexpected_keys:
                 raise RuntimeError(f"unexpected keys {result.unexpected_keys[:4]}")
         else:
-            # from_pretrained and not the file itself: transformers may store weights under other names than it runs.
+            # from_pretrained, not the file itself: transformers may store weights under other names than it uses.
             with quiet_transformers():
                 saved = type(model).from_pretrained(folder, dtype=torch.float32)
             model.load_state_dict(saved.state_dict())
@@ -185,10 +179,10 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def trained_model(config: D2OConfig, folder: str) -> Any:
-    """The model that ``D2OTrainer`` wrote into ``folder``; an adapter is put on the initial model, in place of its own.
+    """The model that ``D2OTrainer`` wrote to ``folder``. An adapter goes on the initial model and replaces its own.
 
     Raises:
-        D2OError: there is none.
+        D2OError: ``folder`` holds no trained model.
     """
     if not Path(folder, "adapter_config.json").exists():
         if Path(folder).is_dir() and not Path(folder, "config.json").exists():

@@ -3,7 +3,7 @@
 The fused loss computes the head's product with the hidden states. The model's own ``forward`` would build
 ``[tokens, vocabulary]`` logits; it is called once, on a few tokens, to prove that decoder and head give its logits.
 
-Shapes: N response tokens, V vocabulary, H hidden, T tokens of a row.
+Shapes: T tokens of a row, H hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2o_fast.loss.reference import naive_linear_logprob
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows with. Padding stands right of the real tokens, which never see it."""
+    """The token that fills rows. Padding follows the real tokens, which never see it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -31,8 +31,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside a PeftModel (its adapters stay active), or the model itself.
 
     Raises:
-        D2OError: prompt-learning adapters, which put tokens of their own before the prompt; an adapter in a model that
-            is no PeftModel.
+        D2OError: a prompt-learning adapter, which adds its own tokens before the prompt; an adapter in a model that is
+            not a PeftModel.
     """
     adapters: Any = getattr(model, "peft_config", None)
     if adapters is None:
@@ -48,7 +48,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def vocabulary_size(model: Any) -> int:
-    """Ids below it have both an embedding and a row of the head."""
+    """The number of ids that have both an embedding and a row of the head."""
     embedding: Any = base_of(model).get_input_embeddings()
     return min(head_of(model).weight.shape[0], embedding.weight.shape[0])
 
@@ -57,7 +57,7 @@ def head_of(model: nn.Module) -> Head:
     """Weight, bias, softcap and logit scale of the model's head.
 
     Raises:
-        D2OError: a head that is not a plain linear layer (an adapter on it would be ignored in silence otherwise).
+        D2OError: the head is not a plain linear layer. An adapter on it would be ignored in silence.
     """
     base = base_of(model)
     layer = base.get_output_embeddings()
@@ -78,10 +78,10 @@ def head_of(model: nn.Module) -> Head:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of the model that ends in the head's input: ``decoder(input_ids=...).last_hidden_state`` is (S, T, H).
+    """The model without its head: ``decoder(input_ids=...).last_hidden_state`` is (rows, T, H).
 
-    Runs decoder and head once beside the whole model on a few tokens and compares, so that a model whose ``forward``
-    does more than ``head_of`` knows of is refused and never trained on other logits than its own.
+    Compares decoder and head with the whole model on a few tokens. So a model whose ``forward`` does more than
+    ``head_of`` knows is refused, and never trained on other logits than its own.
 
     Raises:
         D2OError: the two disagree, or the model has no separate decoder.
@@ -107,10 +107,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
-    """
+    """Refuses rotary factors that depend on the longest row of a batch.
+
+    A score would depend on its neighbours. A reference scored beside other prompts would not match the policy.
+
     Raises:
-        D2OError: rotary factors that depend on the longest row of a batch: a score would depend on its neighbours, and
-            a reference scored beside other prompts than the policy would not match it.
+        D2OError: ``max_length`` allows rows that change the factors.
     """
     settings = base_of(model).config.get_text_config()
     parameters = getattr(settings, "rope_parameters", None) or {}
@@ -131,22 +133,23 @@ def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
 
 
 def refuse_quantised(model: nn.Module, what: str) -> None:
-    """
+    """Refuses quantised weights. The message calls the model ``what``.
+
     Raises:
-        D2OError: quantised weights; ``what`` is the model's name in the message.
+        D2OError: the weights are quantised.
     """
     if getattr(base_of(model), "is_quantized", False):
         raise D2OError(f"{what} is quantised; D2O takes fp32 master weights (with LoRA too): load it unquantised")
 
 
 def autocast(config: D2OConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 compute over fp32 master weights where ``config.dtype`` asks for it."""
+    """bf16 compute over fp32 master weights if ``config.dtype`` is "bfloat16"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
+    """Evaluation mode inside; afterwards every submodule is back in its previous mode."""
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:

@@ -1,9 +1,9 @@
-"""Responses drawn from a model's own distribution: what the anchors of D2O are.
+"""Draws responses from a model's own distribution. The anchors of D2O are such responses.
 
-With temperature 1 and top_p 1 the next token is drawn from ``softmax(logits)`` and from nothing else. transformers
-does not do so by default: ``generate`` cuts to the 50 likeliest tokens, and fields that a caller leaves unset are taken
-from the model's ``generation_config`` (top_k, penalties, suppressed or forced tokens, length limits). Here every field
-is unset first, and the few that matter are then given explicitly.
+With temperature 1 and top_p 1 the next token is drawn from ``softmax(logits)`` and nothing else. This is not the
+default of transformers: ``generate`` keeps only the 50 likeliest tokens, and takes fields that the caller leaves unset
+from the model's ``generation_config`` (top_k, penalties, suppressed or forced tokens, length limits). This module
+unsets every field first and then gives the few that matter explicitly.
 
 K: responses of one prompt.
 """
@@ -37,17 +37,17 @@ def sample_responses(
 ) -> list[list[list[int]]]:
     """K = ``num`` responses for every prompt, as token ids without the prompt.
 
-    Each ends with one of ``eos_token_ids`` unless it is ``max_new_tokens`` long. The model may be in training mode: it
-    is switched to evaluation (no dropout, no activation checkpointing) and back.
+    Each ends with one of ``eos_token_ids`` unless it is ``max_new_tokens`` long. A model in training mode is switched
+    to evaluation (no dropout, no activation checkpointing) and back.
 
     Args:
         model: a causal language model of transformers (not a PeftModel: pass its base model).
         prompts: token ids; no padding, any lengths, none empty.
-        seed: decides the result, on one device, together with the other arguments; the global generators are left as
-            they were.
+        seed: decides the result on one device, together with the other arguments. The global generators keep their
+            state.
 
     Raises:
-        D2OError: fewer responses than asked for, or a response that stopped for another reason.
+        D2OError: too few responses, or one that neither an EOS token nor its length ended.
         ValueError: an empty prompt, a number below 1.
     """
     if num < 1 or max_new_tokens < 1:
@@ -85,9 +85,9 @@ def sample_responses(
 
 @contextlib.contextmanager
 def _no_generation_config(model: Any) -> Iterator[None]:
-    # generate() fills every field that is None in the configuration it is given from model.generation_config, custom
-    # entries included. Passing each field explicitly would follow transformers' list of fields for ever; an empty
-    # model.generation_config has nothing to give.
+    # generate() fills every None in its configuration from model.generation_config, custom entries included. Passing
+    # each field explicitly would mean following transformers' list of fields; an empty model.generation_config fills
+    # nothing.
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -130,11 +130,11 @@ def _generate(model: Any, prompts: list[list[int]], num: int, settings: Generati
 def _prompts_read_once(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
 ) -> DynamicCache | None:
-    """Keys and values of all prompt positions but the last, which ``generate`` continues from.
+    """Keys and values of all prompt positions but the last. ``generate`` continues from them.
 
-    Left to itself, generate repeats the prompts before it reads them. None where nothing is gained (one response each),
-    where a prompt has no position but its last, and for models that keep more than keys and values (Mamba), whose
-    states are not known to be right when they are repeated.
+    Without them, generate repeats the prompts before it reads them. Returns None if each prompt gets one response, if a
+    prompt has only one position, and for models that keep more than keys and values (Mamba), because their states may
+    be wrong when repeated.
     """
     if settings.num_return_sequences == 1 or int(attention_mask.sum(1).min()) == 1:
         return None
@@ -154,7 +154,7 @@ def _prompts_read_once(
 
 
 def _until_eos(response: list[int], eos_token_ids: set[int], max_new_tokens: int) -> list[int]:
-    # generate fills a finished row with padding; the first EOS ends it, which is kept as part of the response.
+    # generate fills a finished row with padding. The first EOS ends the response and is part of it.
     for i, token in enumerate(response):
         if token in eos_token_ids:
             return response[: i + 1]

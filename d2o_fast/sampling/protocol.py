@@ -1,7 +1,7 @@
-"""What a server that speaks OpenAI's HTTP API is asked for responses, and what its answers mean.
+"""Requests to a server that speaks OpenAI's HTTP API, and the draws in its answers.
 
-vLLM and SGLang return the ids of the tokens they drew, where ``return_token_ids`` asks for them; others return text
-alone, which has to be made into tokens again.
+vLLM and SGLang return the drawn token ids if ``return_token_ids`` asks for them. Other servers return only text, which
+is tokenised again.
 
 K: responses of one prompt.
 """
@@ -24,7 +24,7 @@ from d2o_fast.errors import D2OError, DataError, shortened
 
 @dataclass(frozen=True)
 class ServerPrompt:
-    """A prompt as the server gets it, the tokens that it must become there, and its place in the data."""
+    """A prompt as sent to the server, the token ids that the server must read, and the prompt's place in the data."""
 
     content: str | list[dict[str, Any]] | list[int]
     token_ids: list[int]
@@ -45,9 +45,9 @@ class Draw:
 
     Attributes:
         text: without special tokens.
-        ended: whether a stop token ended it, and not its length.
-        token_ids: the tokens that were drawn, if the server tells; the stop token is among them or is not.
-        logps: their log-probabilities in nats, if they were asked for and the server tells.
+        ended: whether a stop token ended it, not its length.
+        token_ids: as drawn, or None if the server returns only text. They may or may not include the stop token.
+        logps: their log-probabilities in nats, or None if not requested or not returned.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw; as ``sample_responses`` takes it. ``seed`` is ``sampling_seed`` and what follows it (the shard)."""
+    """Sampling parameters as in ``sample_responses``. ``seed``: ``sampling_seed``, then the shard or refresh."""
 
     max_new_tokens: int
     temperature: float
@@ -68,7 +68,7 @@ class Sampling:
 
 
 class TransientError(Exception):
-    """A fault that may be over at the next attempt; ``after``: seconds that the server asks to wait."""
+    """A fault that may be over at the next attempt. ``after``: seconds that the server asks to wait."""
 
     def __init__(self, found: str, after: float = 0.0) -> None:
         super().__init__(found)
@@ -76,17 +76,17 @@ class TransientError(Exception):
 
 
 def request_seed(*parts: int | str) -> int:
-    """53 bits, which every JSON reader keeps: of ``sampling_seed``, shard, row within it, draw.
+    """A hash of ``sampling_seed``, shard, row within it and draw: 53 bits, which every JSON reader keeps exactly.
 
-    The row is -1 and -2 for what is asked before the first one.
+    The requests before the first row have the rows -1 and -2.
     """
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 11
 
 
-# --- Asked -------------------------------------------------------------------------------------------------------
+# --- Requests ----------------------------------------------------------------------------------------------------
 
-#: How a server takes sampling parameters.
+#: Turns sampling parameters into fields of a request.
 RequestForm = Callable[[Sampling], dict[str, Any]]
 
 
@@ -111,7 +111,7 @@ def as_fields(sampling: Sampling) -> dict[str, Any]:
 
 def as_generation_config(sampling: Sampling) -> dict[str, Any]:
     """sampling parameters go as generation_config (transformers serve)"""
-    # Fields that are left out would be filled in from the served model's own generation_config.
+    # The server fills missing fields from the served model's own generation_config.
     settings = {
         "do_sample": True,
         "num_beams": 1,
@@ -130,19 +130,19 @@ def as_generation_config(sampling: Sampling) -> dict[str, Any]:
     return {"generation_config": json.dumps(settings)}
 
 
-#: in the order in which they are tried
+#: tried in this order
 FORMS: tuple[RequestForm, ...] = (as_fields_for_ids, as_fields, as_generation_config)
 
 
-# --- Answered ----------------------------------------------------------------------------------------------------
+# --- Answers -----------------------------------------------------------------------------------------------------
 
 
 def parse(answer: Any, prompt: ServerPrompt, n: int, server: str) -> list[Draw]:
     """The draws in an answer to a request for ``n`` of them: between 1 and ``n``.
 
     Raises:
-        Passing: something else than responses.
-        D2OError: more than asked for, or to a prompt that was read as other tokens.
+        TransientError: the answer holds something other than responses.
+        D2OError: the answer holds more than ``n``, or the server read the prompt as other tokens.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or not choices:
@@ -158,7 +158,7 @@ def parse(answer: Any, prompt: ServerPrompt, n: int, server: str) -> list[Draw]:
 
 
 def _refuse_other_prompt(answer: dict[str, Any], prompt: ServerPrompt, server: str) -> None:
-    # In a chat vLLM puts them beside the choices, else into each; SGLang into each.
+    # vLLM puts the prompt's ids beside the choices in a chat, else into each choice. SGLang puts them into each choice.
     ids = answer.get("prompt_token_ids") or answer["choices"][0].get("prompt_token_ids")
     usage = answer.get("usage")
     count = len(ids) if ids else usage.get("prompt_tokens") if isinstance(usage, dict) else None
@@ -180,11 +180,10 @@ def _draw(choice: dict[str, Any]) -> Draw:
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
     reason, ids = choice.get("finish_reason"), choice.get("token_ids")
     if ids is not None:
-        text = text or ""  # a server that parses reasoning or tools may leave none
+        text = text or ""  # a server that parses reasoning or tool calls may return none
     if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise TransientError(
-            f"a choice that is no response (finish_reason {reason!r}): {shortened(json.dumps(choice), 200, one_line=True)}"
-        )
+        found = shortened(json.dumps(choice), 200, one_line=True)
+        raise TransientError(f"a choice that is no response (finish_reason {reason!r}): {found}")
     logprobs = choice.get("logprobs")
     logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     return Draw(
@@ -204,14 +203,14 @@ def tokenize_drawn(
 ) -> list[list[list[int]]]:
     """Token ids of responses that a server drew.
 
-    They are those that it tells. A text without them is tokenised where it stands, right behind its prompt, and then
-    alone if a token would span the boundary; the ids need not be those that were drawn (a text has several
-    tokenisations), but they are the ones that are scored and trained on. One that a stop token ended, and that does not
-    hold it, gets the token that the negatives end with; one that ended by its length gets none. What is a stop token,
-    or spells one, ends there; what is longer than ``max_completion_length`` is cut to it.
+    If the server returns token ids, they are used. Otherwise the text is tokenised after its prompt, or alone if a
+    token would span the boundary. These ids may differ from the drawn ones (a text has several tokenisations), but they
+    are scored and trained on. The first stop token ends a response, also if the text spells it. A response that lacks
+    the stop token that ended it gets the token that ends the negatives; a response that its length ended gets none.
+    Every response is cut to ``max_completion_length``.
 
     Raises:
-        DataError: no tokens at all are left.
+        DataError: a response has no tokens.
     """
     encoder = Encoder(tokenizer)
     out = []

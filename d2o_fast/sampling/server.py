@@ -1,19 +1,18 @@
 """Responses drawn by a server that speaks OpenAI's HTTP API (vLLM, SGLang, ``transformers serve``).
 
-Plain prompts go to ``/v1/completions`` as text, messages to ``/v1/chat/completions``, and a prompt that was cut goes to
-``/v1/completions`` as token ids, since its text is not what the model is to see. Every sampling parameter is given
-explicitly: servers fill in what is left out from the model's ``generation_config``.
+Plain prompts go to ``/v1/completions`` as text, and messages go to ``/v1/chat/completions``. A prompt that was cut goes
+to ``/v1/completions`` as token ids, because the model must not see its whole text. Every sampling parameter is
+explicit, because servers fill missing ones from the model's ``generation_config``.
 
-Where a server returns the ids of the tokens it drew, they are the anchor; where it returns text alone, that is made
-into tokens again (``data/tokens.py``).
+If a server returns the drawn token ids, they are the anchor. If it returns only text, ``tokenize_drawn`` makes the ids.
 
-A prompt's K draws are asked for at once (``n``); whatever a server leaves out (``transformers serve`` ignores ``n``) is
-asked for one by one. What can pass (a refused connection, a time-out, 429, 5xx, half an answer) is tried again with the
-same seed; what remains is an error. There are K responses to every prompt in the end, or there is a D2OError.
+A prompt's K draws are requested at once (``n``). Missing ones (``transformers serve`` ignores ``n``) are requested one
+by one. Transient failures (a refused connection, a time-out, 429, 5xx, half an answer) are retried with the same seed.
+Any other failure raises D2OError, and so does the last attempt's. So every prompt gets K responses.
 
-The seed of a request is made of sampling_seed, shard, row and draw. Whether the same seed gives the same text is up to
-the server: ``transformers serve`` seeds one generator for all its requests, so there it does so with
-``server_concurrency`` 1 alone; the batches of vLLM and SGLang change logits in their last bits.
+The seed of a request comes from sampling_seed, shard, row and draw. The server decides whether the same seed gives the
+same text. ``transformers serve`` seeds one generator for all its requests, so its texts repeat only if
+``server_concurrency`` is 1. The batches of vLLM and SGLang change logits in their last bits.
 
 K: responses of one prompt.
 """
@@ -46,16 +45,16 @@ from d2o_fast.sampling.protocol import (
 
 logger = logging.getLogger("d2o_fast")
 
-ATTEMPTS = 8  #: times that one request is made; with the delays below a server may be away for about a minute
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  #: seconds before the second attempt, doubled up to the longest
+ATTEMPTS = 8  #: attempts of one request; with the delays below a server may be away for about a minute
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  #: seconds before the second attempt, then doubled up to the longest
 MAX_ANSWER = 64 << 20  #: bytes
 
-RETRYABLE = (408, 429, 500, 502, 503, 504)  #: HTTP states in which trying again may help
-OTHER_FORM = (400, 422)  #: HTTP states in which the same may be granted when it is asked for in another form
+RETRYABLE = (408, 429, 500, 502, 503, 504)  #: HTTP statuses after which a retry may succeed
+OTHER_FORM = (400, 422)  #: HTTP statuses after which another form of request may succeed
 
 
 class _Refused(D2OError):
-    """An HTTP state that will be the same at the next attempt."""
+    """An HTTP status that a retry would not change."""
 
     def __init__(self, status: int, found: str, place: str) -> None:
         super().__init__(f"{place} ({found}). Check server_url, server_model and the server's log")
@@ -66,9 +65,9 @@ class ServerSampler:
     """One server and one model on it.
 
     Args:
-        url: where the server listens, with or without the trailing ``/v1``.
+        url: the server's address, with or without the trailing ``/v1``.
         model: the name under which it serves the initial model.
-        concurrency: prompts that are under way at a time.
+        concurrency: number of prompts under way at a time.
         timeout: seconds for one request, from the connection to the last byte.
     """
 
@@ -79,7 +78,7 @@ class ServerSampler:
             raise D2OError("server_model is not set: give the name under which the server serves the initial model")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.model, self.concurrency, self.timeout = model, concurrency, timeout
-        self._form: RequestForm | None = None  # how the server takes sampling parameters, once it is known
+        self._form: RequestForm | None = None  # the form of request that the server accepts, once it is known
         self._tells_ids = False
         self._stop = threading.Event()
 
@@ -87,8 +86,8 @@ class ServerSampler:
         """K = ``num`` draws for every prompt, in the order of ``prompts``.
 
         Raises:
-            D2OError: a server that cannot be reached, refuses, does not sample, reads a prompt as other tokens, cuts a
-                response, or keeps answering with something else than responses.
+            D2OError: the server cannot be reached, refuses, does not sample, reads a prompt as other tokens, cuts a
+                response, or repeatedly answers with something other than responses.
         """
         if not prompts:
             return []
@@ -97,7 +96,7 @@ class ServerSampler:
         try:
             futures = [pool.submit(self._draws, p, num, row, sampling, form) for row, p in enumerate(prompts)]
             draws = [future.result() for future in futures]
-        finally:  # after a fault of one prompt the others need not wait for theirs
+        finally:  # after a fault of one prompt the others stop waiting
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         for prompt, of_prompt in zip(prompts, draws, strict=True):
@@ -105,7 +104,7 @@ class ServerSampler:
         return draws
 
     def _refuse_cut(self, prompt: ServerPrompt, draws: Sequence[Draw], length: int) -> None:
-        """vLLM, for one, does not refuse a request that its context has no room for: it ends the response sooner."""
+        """Raises D2OError if the context cut a response. vLLM ends a response early instead of refusing the request."""
         for draw in draws:
             if draw.token_ids is not None and not draw.ended and len(draw.token_ids) < length:
                 raise D2OError(
@@ -115,9 +114,9 @@ class ServerSampler:
                 )
 
     def scored(self, prompt: ServerPrompt, sampling: Sampling) -> list[Draw] | None:
-        """Four draws of up to 16 tokens at temperature 1 with the log-probabilities that the server gives them.
+        """Four draws of up to 16 tokens at temperature 1, with the server's log-probabilities.
 
-        Of those that have any tokens; None: it tells no token ids, or no log-probabilities of them.
+        Draws without tokens are left out. Returns None if the server returns no token ids or no log-probabilities.
 
         Raises:
             D2OError: as ``sample``.
@@ -127,14 +126,14 @@ class ServerSampler:
             return None
         plain = replace(sampling, max_new_tokens=16, temperature=1.0, top_p=1.0)
         try:
-            # As ids on the path on which every server puts the log-probabilities in the same place.
+            # Ids go to the path on which every server puts the log-probabilities in the same place.
             ids = replace(prompt, content=prompt.token_ids)
             draws = self._draws(ids, 4, -2, plain, lambda how: {**form(how), "logprobs": 1})
         except _Refused as refusal:
-            if refusal.status not in (*OTHER_FORM, 404):  # 404: it knows chats alone
+            if refusal.status not in (*OTHER_FORM, 404):  # 404: it serves only chats
                 raise
             return None
-        draws = [draw for draw in draws if draw.token_ids]  # a stop token at once, which some servers leave out
+        draws = [draw for draw in draws if draw.token_ids]  # some servers leave out a stop token that came first
         return draws if all(d.logps is not None and len(d.logps) == len(d.token_ids or ()) for d in draws) else None
 
     def _known_form(self, prompt: ServerPrompt, sampling: Sampling) -> RequestForm:
@@ -144,10 +143,10 @@ class ServerSampler:
         return self._form
 
     def _probe(self, prompt: ServerPrompt, sampling: Sampling) -> RequestForm:
-        """The form in which the server takes sampling parameters; and the proof that it samples.
+        """Finds the form of request that the server accepts, and proves that the server samples.
 
-        Four draws of up to 16 tokens at temperature 2 must differ. They do not where a server decodes greedily, or
-        gives one seed to all n choices of a request.
+        Four draws of up to 16 tokens at temperature 2 must differ. They do not if the server decodes greedily, or gives
+        one seed to all n choices of a request.
         """
         hot = replace(sampling, max_new_tokens=16, temperature=2.0, top_p=1.0)
         refusals = []
@@ -160,8 +159,9 @@ class ServerSampler:
                 refusals.append(refusal.found)
                 continue
             if len({(draw.text, draw.token_ids) for draw in draws}) == 1:
+                text = shortened(draws[0].text, 200, one_line=True)
                 raise D2OError(
-                    f"{self.url}: four draws at temperature 2 gave the same text ({shortened(draws[0].text, 200, one_line=True)!r}), so model "
+                    f"{self.url}: four draws at temperature 2 gave the same text ({text!r}), so model "
                     f"'{self.model}' is not sampled there, or all choices of a request share one seed. Anchors must be "
                     "draws from the model: serve it with sampling on"
                 )
@@ -186,7 +186,7 @@ class ServerSampler:
         return draws
 
     def _request(self, prompt: ServerPrompt, n: int, body: dict[str, Any]) -> list[Draw]:
-        """Between 1 and ``n`` draws."""
+        """Between 1 and ``n`` draws. Retries after a TransientError."""
         url = self.url + prompt.path
         for attempt in range(ATTEMPTS):
             try:
@@ -206,7 +206,7 @@ class ServerSampler:
         raise AssertionError("unreachable")
 
     def _post(self, url: str, body: dict[str, Any], place: str) -> Any:
-        """The JSON object that comes back."""
+        """Sends ``body`` and returns the parsed JSON answer."""
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         deadline = time.monotonic() + self.timeout
         try:
@@ -235,7 +235,7 @@ class ServerSampler:
 
 
 def _read(response: Any, deadline: float) -> bytes:
-    # The socket's time-out is for each read; a server that sends a byte now and then would never run into it.
+    # The socket's time-out applies to each read, so a server that sends a byte now and then would never reach it.
     data = bytearray()
     while part := response.read1(1 << 16):
         data += part
@@ -243,7 +243,7 @@ def _read(response: Any, deadline: float) -> bytes:
             raise TimeoutError
         if len(data) > MAX_ANSWER:
             raise TransientError(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-    if response.length:  # what Content-Length promised and did not come
+    if response.length:  # bytes that Content-Length promised and that did not come
         raise http.client.IncompleteRead(bytes(data), response.length)
     return bytes(data)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig, load_function
-from d2o_fast.data.row import Example, Row, prompt_text
+from d2o_fast.data.row import Example, Row, prompt_key, prompt_text
 from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.sharing import choose_sharing
@@ -73,10 +74,9 @@ def judge_model(
 
 
 def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
-    # A prompt with two negatives stands in two rows.
-    distinct: dict[str, Row] = {}
+    distinct: dict[str, Row] = {}  # a prompt with two negatives is in two rows
     for row in rows:
-        distinct.setdefault(repr(row.prompt), row)
+        distinct.setdefault(prompt_key(row), row)
         if len(distinct) == most:
             break
     return list(distinct.values())
@@ -103,16 +103,19 @@ def evaluate_model(
     rows: Sequence[Row],
     config: D2OConfig,
     shared: bool | None = None,
+    decoder: nn.Module | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
 
     Args:
         shared: whether prompts can be read once for all their responses; found out here if not known yet.
+        decoder: the model's, from ``decoder_of``; taken from the model here if not given.
 
     Returns:
         ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
     """
-    head, decoder, pad = head_of(model), decoder_of(model), pad_token_id(tokenizer)
+    head, pad = head_of(model), pad_token_id(tokenizer)
+    decoder = decoder_of(model) if decoder is None else decoder
     means, size = PromptMeans(head.weight.device), config.per_device_eval_batch_size
     if shared is None:
         shared = choose_sharing(model, decoder, examples, config, pad).on

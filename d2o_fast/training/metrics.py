@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
+from d2o_fast.files import atomic_file
 from d2o_fast.loss.layout import ResponseLayout
 from d2o_fast.loss.reference import D2OOutput
 
@@ -164,9 +165,5 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_log(path) if record["step"] <= last_step] if last_step else []
-    temporary = path.with_name(".metrics.jsonl.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
 from d2o_fast.anchors.filters import settings_text
 from d2o_fast.config import D2OConfig
+from d2o_fast.software import versions
 from d2o_fast.training.checkpoint import TrainerState
 
 _PACKAGES = ("d2o-fast", "torch", "transformers", "peft", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """The installed software that a result depends on."""
-    found = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def model_card(
@@ -71,7 +59,7 @@ def model_card(
         f"response), {compute}",
         "Loss path": path,
         "Attention": attention,
-        "Software": ", ".join(f"{package} {number}" for package, number in versions().items()),
+        "Software": ", ".join(f"{package} {number}" for package, number in versions(*_PACKAGES).items()),
     }
     metrics = {key: value for key, value in state.metrics.items() if key not in ("tokens_per_second", "epoch")}
     parts = [

@@ -28,14 +28,13 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import subset
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example, Row
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, refusal
 from d2o_fast.files import locked, replace_files
 from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
 from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, quiet_transformers
 from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
-from d2o_fast.settings import refusal
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training.evaluate import evaluate_model
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
@@ -104,7 +103,17 @@ class D2OTrainer:
         self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
         self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
         self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
-        self.window: RefreshedAnchors | None = None  #: anchors drawn anew for the steps under way; None: the store's
+        self.window: RefreshedAnchors | None = (
+            None  #: the policy's own anchors for the current steps; None: the store's
+        )
+        # ``train`` sets these before the first step:
+        self.order: PromptOrder  #: which prompts a step takes
+        self.parameters: list[torch.nn.Parameter]  #: all that require a gradient
+        self.optimizer: torch.optim.Optimizer
+        self.refresher: Refresher  #: only with ``args.refresh_every``
+        self.means: PromptMeans  #: sums since the last log line
+        self.log: MetricLog
+        self.bad_step: torch.Tensor  #: () the first step whose loss or gradient is not finite; -1: none
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -142,7 +151,7 @@ class D2OTrainer:
         args, state = self.args, self.state
         torch.manual_seed(args.seed)
         self.means = PromptMeans(self.device)
-        self.bad_step = torch.full((), -1, device=self.device)  # the first step whose loss or gradient is not finite
+        self.bad_step = torch.full((), -1, device=self.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.model, args)
         if path is not None:
@@ -315,7 +324,8 @@ class D2OTrainer:
             raise D2OError("there is nothing to evaluate on: give eval_dataset, eval_dataset_name or eval_fraction")
         examples = self.examples["eval"]
         shared = self._evaluates_shared(examples)
-        return evaluate_model(self.model, self.tokenizer, examples, self.rows["eval"], self.args, shared=shared)[0]
+        rows = self.rows["eval"]
+        return evaluate_model(self.model, self.tokenizer, examples, rows, self.args, shared, self.decoder)[0]
 
     def _evaluates_shared(self, examples: Sequence[Example]) -> bool:
         if self.eval_shared is None:

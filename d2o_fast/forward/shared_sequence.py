@@ -1,11 +1,11 @@
-"""Several prompts and all their responses as one row, each prompt once, and micro-batches under a token budget.
+"""Several prompts and all their responses as one row, each prompt once.
 
     [ p_0 | p_1 | ... | r_00 .. r_0K | r_10 .. r_1K | ... ]
 
-Prompts stand first, so that both halves of the attention (``forward/attention.py``) read contiguous slices of the row. Every
-length is known on the host; the offsets that kernels need are copied to the device without waiting for it.
+Prompts come first, so that both parts of the attention (``forward/attention.py``) read contiguous slices of the row.
+Every length is known on the host. The offsets that kernels need are copied to the device without waiting for it.
 
-Shapes: T tokens of a row, TP of them prompts', G prompts, S responses, R tokens of a response.
+Shapes: T tokens of a row, TP prompt tokens of a row, G prompts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Slice = tuple[int, int]
 
 
 class Spans:
-    """Segments of queries and the keys that each of them reads, as FlashAttention's varlen calls take them.
+    """Segments of queries and the keys that each segment reads, in the form of FlashAttention's varlen calls.
 
     ``cu_q``, ``cu_k``: offsets into the query and key rows, one more than there are segments; ``max_q``, ``max_k``: the
-    longest segment of each. No segment may be empty: FlashAttention's log-sum-exp of one is infinite.
+    longest segment of each. No segment may be empty: FlashAttention's log-sum-exp of an empty one is infinite.
     """
 
     def __init__(self, lengths_q: Sequence[int], lengths_k: Sequence[int]) -> None:
@@ -48,7 +48,7 @@ class Spans:
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int, int]]:
-        """Neighbours of equal lengths together: (segments, first query, its length, first key, its length)."""
+        """Runs of neighbours with equal lengths: (segments, first query, query length, first key, key length)."""
         found: list[tuple[int, int, int, int, int]] = []
         for (q0, q1), (k0, k1) in zip(pairwise(self.cu_q), pairwise(self.cu_k), strict=True):
             if found and found[-1][2] == q1 - q0 and found[-1][4] == k1 - k0:
@@ -61,12 +61,12 @@ class Spans:
 
 @dataclass(frozen=True)
 class SharedSequence:
-    """Where the prompts and their responses lie in one row.
+    """The positions of prompts and their responses in one row.
 
     Args:
         prompts: tokens of each prompt, (G,).
         responses: tokens of each response of each prompt, in the row's order.
-        seen: filled by every attention call if it is a list; for the check before the first use (``forward/sharing.py``).
+        seen: a list that every attention call appends to, for the check in ``forward/sharing.py``; None for no record.
 
     Raises:
         ValueError: an empty prompt or response, or a prompt without responses.
@@ -83,7 +83,7 @@ class SharedSequence:
 
     @cached_property
     def num_prompt_tokens(self) -> int:
-        """TP: how many tokens at the row's beginning are prompts'."""
+        """TP: the number of prompt tokens, which come first in the row."""
         return sum(self.prompts)
 
     @cached_property
@@ -104,7 +104,7 @@ class SharedSequence:
 
     @cached_property
     def segments(self) -> list[tuple[Slice, Slice | None]]:
-        """(tokens of a prompt or response, tokens of the prompt before a response) in the row's order."""
+        """(slice of a prompt or response, slice of a response's prompt or None), in the row's order."""
         prompts = list(pairwise(accumulate(self.prompts, initial=0)))
         found: list[tuple[Slice, Slice | None]] = [(prompt, None) for prompt in prompts]
         start = self.num_prompt_tokens
@@ -115,10 +115,10 @@ class SharedSequence:
         return found
 
     def gathered(self, window: int | None) -> tuple[list[Slice], Spans]:
-        """The keys that each segment reads, laid out for it alone: the end of its prompt, then itself.
+        """(slices of the row that make up the keys, segments over them), with separate keys for each segment.
 
-        A query sees the ``window`` last positions up to its own (all of them if None), so of the prompt the last
-        ``window - 1`` tokens do. Returns the slices of the row that make up the keys, and the segments over them.
+        A segment's keys are the end of its prompt, then itself. A query sees the last ``window`` positions up to its
+        own (all if None), so the last ``window - 1`` tokens of the prompt suffice.
         """
         if window not in self._cache:
             pieces: list[Slice] = []
@@ -136,7 +136,7 @@ class SharedSequence:
         return self._cache[window]
 
     def position_ids(self) -> torch.Tensor:
-        """(T,) int64: a response goes on where its prompt ends."""
+        """(T,) int64; a response continues the positions of its prompt."""
         starts = [0 if prompt is None else prompt[1] - prompt[0] for _, prompt in self.segments]
         parts = [torch.arange(start, start + b - a) for start, ((a, b), _) in zip(starts, self.segments, strict=True)]
         return torch.cat(parts)
@@ -144,7 +144,7 @@ class SharedSequence:
     def predicting(self) -> list[Slice]:
         """Slices of the row that predict the response tokens, in order.
 
-        The first token of every response is predicted by the last one of its prompt, which is there once for all.
+        The last prompt token predicts the first token of every response, so its slice repeats.
         """
         pieces: list[Slice] = []
         for (start, end), prompt in self.segments:
@@ -161,9 +161,9 @@ def slices_index(pieces: Sequence[Slice]) -> torch.Tensor:
 
 
 class _TakeRows(torch.autograd.Function):
-    """``x[index]``, whose rows may repeat. dx[i] is the sum of the gradients of all copies of row i, in their order.
+    """``x[index]``, whose rows may repeat. dx[i] is the sum of the gradients of all copies of row i, in fixed order.
 
-    Autograd's own backward of an index adds with atomics on CUDA, in another order on every run.
+    Autograd's own backward of an index adds with atomics on CUDA, in a different order on every run.
     """
 
     @staticmethod
@@ -182,5 +182,5 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor, pieces: Sequence[Slice]) -> torch.Tensor:
-    """Rows of ``x`` (T, ...) by ``pieces``, of which ``index`` is the ``slices_index`` on x's device."""
+    """The rows of ``x`` (T, ...) in ``pieces``. ``index`` is their ``slices_index`` on the device of ``x``."""
     return _TakeRows.apply(x, index, pieces)

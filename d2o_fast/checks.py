@@ -9,8 +9,6 @@ from dataclasses import field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from d2o_fast.errors import D2OError
-
 MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 _SIGNS = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
@@ -73,12 +71,6 @@ def words(kind: Any, rules: Mapping[str, Any]) -> str:
 def is_blank(value: object) -> bool:
     """An empty text or list, or a text of spaces."""
     return value == [] or (isinstance(value, str) and not value.strip())
-
-
-def refusal(name: str, found: object, wanted: str) -> D2OError:
-    """The error of a setting, in one line."""
-    text = " ".join(repr(found).split())
-    return D2OError(f"{name} is {text if len(text) <= 200 else text[:200] + '...'}; it must be {wanted}")
 
 
 def _is_union(kind: Any) -> bool:
