@@ -18,8 +18,8 @@ from benchmarks.kernels import Stopwatch, measure, row_of, under_ncu
 from benchmarks.shapes import HEADS
 from d2o_fast.kernels import filtered_products, linear_logprob, logit_grad
 from d2o_fast.kernels.logit_grad import ROW_TILES, RowTile
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LATER = float("inf")
 
 

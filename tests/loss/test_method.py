@@ -22,9 +22,9 @@ from d2o_fast.forward.batch import pack, response_hidden
 from d2o_fast.loss.reference import D2OOutput, naive_d2o_loss
 from d2o_fast.model.parts import decoder_of, head_of
 from ops_cases import problem
+from paths import ROOT, SUPPORT
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
 LOSSES = pytest.mark.parametrize("loss", [naive_d2o_loss, fused_d2o_loss], ids=["reference", "fused"])
 
 
@@ -128,7 +128,7 @@ def test_trl_dpo_trainer_computes_the_same_loss(tmp_path: Path) -> None:
 
     In a process of its own: TRL sets up accelerate, which keeps state for good.
     """
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SUPPORT)}
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,8 +19,8 @@ from benchmarks.report import markdown, ranking, read_rows, roofline
 from benchmarks.shapes import Case, Problem, equal_lengths, exact_results, make_problem, mixed_lengths, relative_error
 from benchmarks.suites import EVERYONE, SUITES, cases_of
 from d2o_fast.loss.reference import d2o_loss, naive_d2o_loss, sequence_logps
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CASE = Case("test", "tiny", equal_lengths(2, 3), 24, 301, "fp32", measure=("errors",))
 
 

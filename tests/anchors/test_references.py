@@ -33,8 +33,8 @@ from d2o_fast.model.adapters import is_fresh
 from d2o_fast.model.identity import identity_of
 from d2o_fast.model.loading import load_model
 from d2o_fast.training.metrics import read_log
-from test_anchors import CHAT_ROW, CONFIG, build, contents
-from test_checkpoint import Stop, stop_at
+from stops import Stop, stop_at
+from stores import CHAT_ROW, CONFIG, build, contents
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 ROWS = [*tiny_rows(5), {"prompt": "how", "rejected": " to", "anchors": [" open"]}]

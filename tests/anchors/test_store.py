@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.data import SHARD, K, write_store
-from d2o_fast.anchors import store as stored
+from d2o_fast.anchors import shards
 from d2o_fast.anchors.inspection import export, inspect
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from test_anchors import build
+from stores import build
 from tiny import tiny_rows
 
 COUNT = 5 * SHARD + 7
@@ -71,14 +71,14 @@ def test_only_what_was_read_last_is_kept(made: Path, monkeypatch: pytest.MonkeyP
     examples = one.examples()
     examples[0]
     of_a_shard = one._shards._bytes
-    monkeypatch.setattr(stored, "CACHE_BYTES", int(2.5 * of_a_shard))
-    chance, read, reading = random.Random(1), list[int](), stored.read_shard
+    monkeypatch.setattr(shards, "CACHE_BYTES", int(2.5 * of_a_shard))
+    chance, read, reading = random.Random(1), list[int](), shards.read_shard
 
     def watched(folder: Path, i: int, *rest: Any) -> pa.Table:
         read.append(i)
         return reading(folder, i, *rest)
 
-    monkeypatch.setattr(stored, "read_shard", watched)
+    monkeypatch.setattr(shards, "read_shard", watched)
     before = pa.total_allocated_bytes()
     for _ in range(200):
         examples[chance.randrange(COUNT)]
@@ -92,7 +92,7 @@ def test_only_what_was_read_last_is_kept(made: Path, monkeypatch: pytest.MonkeyP
     read.clear()
     assert sum(1 for _ in examples) == COUNT
     assert len(read) <= 6, "each shard once"
-    monkeypatch.setattr(stored, "CACHE_BYTES", 0)
+    monkeypatch.setattr(shards, "CACHE_BYTES", 0)
     assert examples[3] == examples[3], "a shard larger than the cache is read all the same"
 
 
@@ -127,7 +127,7 @@ def test_a_shard_that_changes_after_opening_is_named(folder: Path) -> None:
 
 def test_inspecting_and_exporting_keep_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(build(tmp_path / "store", tiny_rows(24)).folder)
-    held, tables, reading = list[int](), list[weakref.ref[pa.Table]](), stored.read_shard
+    held, tables, reading = list[int](), list[weakref.ref[pa.Table]](), shards.read_shard
 
     def watched(*arguments: Any) -> pa.Table:
         held.append(sum(table() is not None for table in tables))
@@ -135,7 +135,7 @@ def test_inspecting_and_exporting_keep_no_shard(tmp_path: Path, monkeypatch: pyt
         tables.append(weakref.ref(table))
         return table
 
-    monkeypatch.setattr(stored, "read_shard", watched)
+    monkeypatch.setattr(shards, "read_shard", watched)
     text = inspect(folder)
     assert "24 of 24 negatives" in text
     assert "24 prompts, 72 anchors (72 sampled, 0 given with the data)" in text
@@ -145,13 +145,13 @@ def test_inspecting_and_exporting_keep_no_shard(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_export_that_fails_leaves_no_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading = stored.read_shard
+    reading = shards.read_shard
 
     def vanishing(folder: Path, i: int, *rest: Any) -> pa.Table:
         (folder / "shard-00003.parquet").unlink(missing_ok=True)
         return reading(folder, i, *rest)
 
-    monkeypatch.setattr(stored, "read_shard", vanishing)
+    monkeypatch.setattr(shards, "read_shard", vanishing)
     with pytest.raises(D2OError, match=r"shard-00003\.parquet is missing"):
         export(folder, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

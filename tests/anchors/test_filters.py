@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from d2o_fast import D2OTrainer
 from d2o_fast.anchors import filters as filters_module
+from d2o_fast.anchors import scorers
 from d2o_fast.anchors.filters import AnchorFilter, KeptDraws, counts_text, token_overlap
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.inspection import export, inspect
@@ -27,7 +28,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError, DataError
-from test_anchors import CHAT_ROW, CONFIG, build, naive_logp
+from stores import CHAT_ROW, CONFIG, build, naive_logp
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 ALL = {"drop_anchors": ["duplicate", "empty", "truncated"]}
@@ -173,7 +174,7 @@ def test_a_classifiers_scores_are_its_own(tmp_path: Path, chat: bool, pad: int |
     """Each text by itself through the model, whatever shares its batch."""
     name = save_classifier(tmp_path / "rm", chat, pad)
     scorer = ClassifierScorer(name, torch.device("cpu"))
-    assert scorer.batch == (filters_module.SCORE_BATCH if pad == 0 else 1)
+    assert scorer.batch == (scorers.SCORE_BATCH if pad == 0 else 1)
     rows = rows_from([{"prompt": prompt, "rejected": "x"} for prompt, _ in PAIRS])
     found = scorer(list(zip(rows, (response for _, response in PAIRS), strict=True)))
     model, tokenizer = LlamaForSequenceClassification.from_pretrained(name).eval(), tiny_tokenizer(chat)
@@ -221,7 +222,7 @@ def test_classifiers_that_cannot_score(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"memory, row 1, field 'prompt': the chat template of .* \(only one turn"):
         chat([(rows[0], "it")])
     with pytest.raises(D2OError, match=r"anchor_score 'no.such:score': module 'no.such' cannot be imported"):
-        filters_module.load_scorer("no.such:score", cpu)
+        scorers.load_scorer("no.such:score", cpu)
 
 
 # --- In the store ------------------------------------------------------------------------------------------------

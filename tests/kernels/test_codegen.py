@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TABLE = Path(__file__).with_name("codegen_table.py")
+from paths import SUPPORT
+
+TABLE = SUPPORT / "codegen_table.py"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 

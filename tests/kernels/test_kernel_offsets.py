@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-CASES = Path(__file__).with_name("kernel_offsets.py")
+from paths import ROOT, SUPPORT
+
+CASES = SUPPORT / "kernel_offsets.py"
 
 
 def test_offsets_beyond_32_bits() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
-    done = subprocess.run(
-        command, env=environment, cwd=CASES.parent.parent, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -15,7 +15,7 @@ from d2o_fast.anchors.filters import token_overlap
 from d2o_fast.anchors.inspection import export, inspect
 from d2o_fast.cli import main
 from d2o_fast.errors import D2OError
-from test_anchors import CHAT_ROW, build
+from stores import CHAT_ROW, build
 from tiny import tiny_rows
 
 

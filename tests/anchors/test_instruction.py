@@ -18,9 +18,8 @@ from d2o_fast.data.reading import rows_from
 from d2o_fast.data.tokens import tokenize_rows
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.sampling.generate import sample_responses
-from test_anchors import CHAT_ROW, CONFIG, build, contents, naive_logp
-from test_sampling import peaked_model
-from tiny import CHAT_TEMPLATE, tiny_model, tiny_rows, tiny_tokenizer
+from stores import CHAT_ROW, CONFIG, build, contents, naive_logp
+from tiny import CHAT_TEMPLATE, peaked_model, tiny_model, tiny_rows, tiny_tokenizer
 
 TEXT = replace(CONFIG, sampling_instruction="go away: {prompt} to")
 SYSTEM = replace(CONFIG, sampling_instruction="be kind")

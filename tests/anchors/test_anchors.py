@@ -28,7 +28,6 @@ from d2o_fast.anchors.build import build_store
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.scoring import reference_logps
 from d2o_fast.anchors.store import AnchorStore
-from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example
 from d2o_fast.data.tokens import tokenize_rows
@@ -38,35 +37,8 @@ from d2o_fast.forward.hook import install
 from d2o_fast.model.identity import weights_digest
 from d2o_fast.model.parts import decoder_of
 from d2o_fast.sampling.generate import sample_responses
+from stores import CHAT_ROW, CONFIG, build, contents, naive_logp
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
-
-CONFIG = D2OConfig(
-    max_length=64, max_completion_length=12, num_generations=3, sampling_batch_size=4, temperature=1.0, sampling_seed=5
-)
-CHAT_ROW = {
-    "prompt": [{"role": "user", "content": "how?", "name": "né"}],
-    "rejected": [{"role": "assistant", "content": "go away"}],
-    "anchors": [[{"role": "assistant", "content": "it"}], [{"role": "assistant", "content": "the lock"}]],
-}
-
-
-def build(
-    folder: Any, records: Any = None, model: Any = None, config: D2OConfig = CONFIG, **options: Any
-) -> AnchorStore:
-    chat = options.pop("chat", False)
-    rows = rows_from(tiny_rows(10) if records is None else records, "memory")
-    return build_store(model or tiny_model(chat=chat), tiny_tokenizer(chat), rows, config, folder, **options)
-
-
-def contents(folder: Any) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def naive_logp(model: Any, prompt: list[int], response: list[int]) -> float:
-    """The sum by way of the model's own full logits, one sequence at a time."""
-    with torch.no_grad():
-        logps = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
-    return sum(float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(response))
 
 
 def examples_with_anchors(n: int) -> list[Example]:

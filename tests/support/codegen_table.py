@@ -1,7 +1,7 @@
 """Compile every kernel in every configuration that the launchers choose, for every architecture, without a GPU.
 
-    python tests/codegen_table.py            prints the table
-    python tests/codegen_table.py --json     one JSON object per line, for tests/test_codegen.py
+    python tests/support/codegen_table.py            prints the table
+    python tests/support/codegen_table.py --json     one JSON object per line, for tests/kernels/test_codegen.py
 
 Registers, stack and spills of NVIDIA code are what ``ptxas -v`` from Triton's wheel says of the kernel's PTX; those of
 AMD code are in the text of the assembly. Nothing is read from Triton's cache. It cannot run where TRITON_INTERPRET is
@@ -453,7 +453,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         f"Triton {triton.__version__}, torch {torch.__version__}; every configuration that can be chosen by default. "
         "Registers per thread; shared memory of a block, stack frame and spills in bytes (for gfx942, spilled "
-        "registers). Made by `python tests/codegen_table.py --markdown FILE`; `tests/test_codegen.py` checks it.",
+        "registers). Made by `python tests/support/codegen_table.py --markdown FILE`; `tests/kernels/test_codegen.py` checks it.",
         "",
         f"| {' | '.join(HEADINGS[:-1])} |",
         f"|{'---|' * 3}{'--:|' * 4}{'---|' * 3}",

@@ -101,3 +101,16 @@ def save_tiny(folder: str | Path, chat: bool = False, seed: int = 0) -> str:
     tiny_model(seed, chat=chat).save_pretrained(folder)
     tiny_tokenizer(chat).save_pretrained(folder)
     return str(folder)
+
+
+def peaked_model(**config) -> torch.nn.Module:
+    """Next-token probabilities from 0.5 to 1e-6, so that any truncation or temperature shows."""
+    model = tiny_model(**config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(25)
+    return model
+
+
+def next_token(model, ids, temperature=1.0) -> torch.Tensor:
+    with torch.no_grad():
+        return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)

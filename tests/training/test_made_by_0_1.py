@@ -15,8 +15,9 @@ import pytest
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.reading import read_rows
+from paths import SUPPORT
 
-MADE = Path(__file__).parent / "support" / "made_by_0_1"
+MADE = SUPPORT / "made_by_0_1"
 
 
 @pytest.fixture

@@ -10,18 +10,10 @@ from benchmarks.samplers import chi_square_excess
 from d2o_fast.errors import D2OError
 from d2o_fast.sampling import generate as sampling
 from d2o_fast.sampling.generate import sample_responses
-from tiny import VOCAB_SIZE, tiny_model
+from tiny import VOCAB_SIZE, next_token, peaked_model, tiny_model
 
 EOS, PAD = 2, 0
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
-
-
-def peaked_model(**config) -> torch.nn.Module:
-    """Next-token probabilities from 0.5 to 1e-6, so that any truncation or temperature shows."""
-    model = tiny_model(**config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(25)
-    return model
 
 
 def hostile() -> GenerationConfig:
@@ -47,11 +39,6 @@ def hostile() -> GenerationConfig:
 def draw(model, prompts=PROMPTS, num=4, **options):
     defaults = {"max_new_tokens": 6, "eos_token_ids": [EOS], "pad_token_id": PAD, "seed": 0}
     return sample_responses(model, prompts, num, **{**defaults, **options})
-
-
-def next_token(model, ids, temperature=1.0) -> torch.Tensor:
-    with torch.no_grad():
-        return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
 
 
 def excess(model, prompt, responses, temperature=1.0) -> tuple[float, float]:

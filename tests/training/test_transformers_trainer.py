@@ -12,9 +12,10 @@ import pytest
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.training.order import PromptOrder
+from paths import ROOT
 from tiny import save_tiny, tiny_rows
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "transformers_trainer.py"
+EXAMPLE = ROOT / "examples" / "transformers_trainer.py"
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,8 @@ def test_the_table_gives_a_reason_for_each_path_that_will_not_run() -> None:
 
 
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else real(name))
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "peft" else real(name))
     report = doctor.examine()
     assert report["software"]["peft"] is None
     assert "pip install 'd2o-fast[lora]'" in report["paths"]["LoRA"]["not"]["use_peft"]
