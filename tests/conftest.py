@@ -4,7 +4,8 @@ The variable must be set before anything imports Triton, which reads it while th
 """
 
 import os
-from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes: the number of threads decides the order of sums
 
 import torch
 
@@ -13,17 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores among them
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the child processes of a test: the number of threads decides the order of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+torch.set_num_threads(1)  # a worker's torch may have been imported before
 
 
 @pytest.fixture(scope="session")

@@ -332,8 +332,6 @@ def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, coun
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)
-
     def step() -> None:
         counter.value += 1
         if counter.value == die_at:

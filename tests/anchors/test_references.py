@@ -309,14 +309,14 @@ CHANGES: dict[str, Callable[[State, Path], State]] = {
     "drop_truncated_anchors": with_config(drop_anchors=["truncated"]),
     "max_anchor_overlap": with_config(max_anchor_overlap=0.5),
     "num_draws": with_config(num_draws=5),
-    "anchor_score": with_config(anchor_score="test_references:even_score"),
+    "anchor_score": with_config(anchor_score=f"{__name__}:even_score"),
     "min_anchor_score": with_config(min_anchor_score=0.5),
 }
 
 
 def state_of(models: Path, folder: Path, chat: bool) -> State:
     settings = {"ref_model_neg": str(models / "neg"), "ref_model_pos": str(models / "pos")}
-    settings |= {"anchor_score": "test_references:length_score", "min_anchor_score": 0.0}
+    settings |= {"anchor_score": f"{__name__}:length_score", "min_anchor_score": 0.0}
     rows = [CHAT_ROW] if chat else tiny_rows(5)
     return {
         "model": tiny_model(chat=chat),

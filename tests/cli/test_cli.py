@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -228,10 +227,8 @@ def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_version_need_no_transformers() -> None:
-    started = time.perf_counter()
     code = "import sys; from d2o_fast.cli import main; main(['--help']); main(['--version']); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "d2o doctor" in found
     assert f"d2o-fast {__version__}\n" in found
     assert "transformers" not in found.splitlines()[-1].split()
-    assert time.perf_counter() - started < 20  # two seconds on an idle machine

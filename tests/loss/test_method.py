@@ -130,7 +130,7 @@ def test_trl_dpo_trainer_computes_the_same_loss(tmp_path: Path) -> None:
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SUPPORT)}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

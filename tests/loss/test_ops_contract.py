@@ -232,19 +232,30 @@ def test_reduced_precision_allowed_elsewhere_stays_elsewhere(dtype: torch.dtype)
     before = setting.fp32_precision
     try:
         setting.fp32_precision = "bf16"
-        assert relative_errors(p.hidden @ p.weight.T, p.hidden.double() @ p.weight.double().T)[1] > 1e-4  # it matters
+        rounding = relative_errors(p.hidden @ p.weight.T, p.hidden.double() @ p.weight.double().T)[1]
         found = run(fused_d2o_loss, p, dtype)
-        assert setting.fp32_precision == "bf16"
-        setting.fp32_precision = "none"
-        run(fused_d2o_loss, p, torch.bfloat16)
-        assert setting.fp32_precision == "none"
-        with pytest.raises(ValueError, match="workspace_bytes"):
-            run(fused_d2o_loss, p, torch.bfloat16, workspace_bytes=1)
-        assert setting.fp32_precision == "none"
     finally:
         setting.fp32_precision = before
+    if rounding < 1e-4:
+        pytest.skip("this CPU has no bf16 products, so oneDNN multiplies fp32 exactly whatever it may do")
     assert relative_errors(found["logps"], exact["logps"])[1] < 1e-6
     assert relative_errors(found["dweight"], exact["dweight"])[1] < (3e-6 if dtype == torch.float32 else 4e-4)
+
+
+def test_the_precision_setting_is_put_back() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before, p = setting.fp32_precision, problem(MIXED)
+    try:
+        for allowed in ("bf16", "none"):
+            setting.fp32_precision = allowed
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                run(fused_d2o_loss, p, dtype)
+                assert setting.fp32_precision == allowed
+                with pytest.raises(ValueError, match="workspace_bytes"):
+                    run(fused_d2o_loss, p, dtype, workspace_bytes=1)
+                assert setting.fp32_precision == allowed
+    finally:
+        setting.fp32_precision = before
 
 
 def test_torch_compile_around_it() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,8 +26,6 @@ from d2o_fast.training.checkpoint import checkpoints
 from d2o_fast.training.metrics import read_log
 from stops import Stop, stop_at
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Three steps an epoch, the last of them partial; windows begin at 4, 8, 12 ...
 SETTINGS: dict[str, Any] = {
@@ -60,7 +57,6 @@ def logps_of(model: Any, prompt: list[int], response: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
     trainer(out).train()
     return out
@@ -182,8 +178,8 @@ def test_killed_while_anchors_are_drawn(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "d2o_fast.cli", "train", str(tmp_path / "config.yaml")]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 900
         while not (out / "refreshed" / ".tmp-step-8").exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
