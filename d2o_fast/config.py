@@ -59,7 +59,8 @@ class D2OConfig:
     )
     truncation_mode: Literal["keep_start", "keep_end"] = setting(
         "keep_start",
-        "which side of a prompt stays that is longer than max_length - max_completion_length",
+        "of a prompt and a response that exceed max_length; keep_start: the response loses its end, as in TRL; keep_end: "
+        "the prompt loses its start, beyond max_length - max_completion_length tokens",
         fingerprint=True,
     )
 

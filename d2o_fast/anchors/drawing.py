@@ -22,7 +22,7 @@ from d2o_fast.anchors.instruction import instructed
 from d2o_fast.anchors.scoring import token_logps
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row
-from d2o_fast.data.tokens import encode_prompts
+from d2o_fast.data.tokens import encode_prompts, response_room
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.batch import pack
 from d2o_fast.model.parts import autocast, base_of, decoder_of, pad_token_id, vocabulary_size
@@ -77,6 +77,8 @@ class Drawer:
             drawn = self._draw_in_process(seed, wanted_rows, wanted_examples)
         else:
             drawn = self._draw_on_server(self.server, seed, wanted_rows, wanted_examples)
+        rooms = [response_room(example.prompt_ids, self.config) for example in wanted_examples]
+        drawn = [[ids[:room] for ids in responses] for room, responses in zip(rooms, drawn, strict=True)]
         filled, dropped = list(examples), [list[str]() for _ in examples]
         for i, filtered in zip(wanted, self.filter(wanted_rows, wanted_examples, drawn), strict=True):
             filled[i], dropped[i] = replace(examples[i], anchor_ids=filtered.anchors), filtered.dropped

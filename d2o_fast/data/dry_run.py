@@ -11,7 +11,7 @@ from typing import Any
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import Digests
 from d2o_fast.data.row import Row, prompt_key
-from d2o_fast.data.tokens import cut_prompt, encode_rows
+from d2o_fast.data.tokens import cut_prompt, encode_rows, is_too_long, response_room
 
 BAR = 40  #: characters of a histogram's longest bar
 SHOWN = 400  #: most characters of a prompt, and of a negative, in an example
@@ -23,9 +23,9 @@ def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) 
     Raises:
         DataError: sampling would refuse a row for another reason than its length.
     """
-    limit, most = config.max_length - config.max_completion_length, config.max_completion_length
     prompts, negatives, anchors = Counter[int](), Counter[int](), Counter[int]()
-    given, distinct, first_refused = 0, Digests(), ""
+    given, distinct, refused, first_refused = 0, Digests(), 0, ""
+    cut_prompts = cut_negatives = cut_anchors = 0
     shown, examples = {0, len(rows) // 2, len(rows) - 1}, list[str]()
     for i, (row, (prompt_ids, responses, _)) in enumerate(zip(rows, encode_rows(rows, tokenizer), strict=True)):
         prompts[len(prompt_ids)] += 1
@@ -33,26 +33,29 @@ def describe(name: str, rows: Sequence[Row], tokenizer: Any, config: D2OConfig) 
         anchors.update(map(len, responses[1:]))
         given += row.anchors is not None
         distinct.add(prompt_key(row))
-        if len(prompt_ids) > config.max_length:
-            first_refused = first_refused or f"{row.source}, row {row.index}"
+        if is_too_long(prompt_ids, config):
+            refused, first_refused = refused + 1, first_refused or f"{row.source}, row {row.index}"
+            continue
+        kept = cut_prompt(prompt_ids, config, tokenizer.bos_token_id)
+        room = response_room(kept, config)
+        cut_prompts += len(kept) < len(prompt_ids)
+        cut_negatives += len(responses[0]) > room
+        cut_anchors += sum(len(anchor) > room for anchor in responses[1:])
         if i in shown:
-            prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
-            examples += _example(row, prompt_ids, responses[0][:most], tokenizer)
-    refused = _above(config.max_length, prompts)
-    side = "start" if config.truncation_mode == "keep_end" else "end"
+            examples += _example(row, kept, responses[0][:room], tokenizer)
     lines = [
         f"{name}: {len(rows)} negatives of {distinct.distinct()} prompts; {(len(rows) - given) * config.draws} anchors "
         f"to draw, {anchors.total()} given with {given} rows",
         *histogram("tokens of a prompt", prompts),
         *histogram("tokens of a negative, its end included", negatives),
         *(histogram("tokens of a given anchor, its end included", anchors) if anchors else []),
-        f"would be cut: {_above(limit, prompts)} prompts lose their {side} (at {limit} tokens), "
-        f"{_above(most, negatives)} negatives and {_above(most, anchors)} given anchors lose their end (at {most})",
+        f"would be cut: {cut_prompts} prompts lose their start, {cut_negatives} negatives and {cut_anchors} given "
+        "anchors their end",
     ]
     if refused:
         lines.append(
-            f"would be refused: {refused} prompts of more than max_length = {config.max_length} tokens; the first is "
-            f"{first_refused}"
+            f"would be refused: {refused} prompts for which max_length = {config.max_length} leaves no response; the "
+            f"first is {first_refused}"
         )
     return "\n".join([*lines, "examples; the loss is on what stands between ⟦ and ⟧:", *examples])
 
@@ -93,7 +96,3 @@ def _median(lengths: Counter[int]) -> float:
     upto = list(accumulate(lengths[length] for length in ordered))
     middle = ((upto[-1] - 1) // 2, upto[-1] // 2)  # equal if the number of lengths is odd
     return sum(ordered[bisect_right(upto, place)] for place in middle) / 2
-
-
-def _above(limit: int, lengths: Counter[int]) -> int:
-    return sum(count for length, count in lengths.items() if length > limit)

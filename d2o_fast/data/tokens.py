@@ -33,17 +33,17 @@ def tokenize_rows(
         DataError: a prompt longer than ``max_length``, messages without a chat template or with one that rewrites the
             prompt when the response is added, a text without tokens.
     """
-    limit = config.max_length - config.max_completion_length
     cut_prompts = cut_responses = merged = 0
-    for row, (prompt_ids, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):
-        if len(prompt_ids) > config.max_length:
-            found = f"{len(prompt_ids)} tokens, more than max_length ({config.max_length})"
+    for row, (whole, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):
+        if is_too_long(whole, config):
+            found = f"{len(whole)} tokens, of which max_length ({config.max_length}) leaves none for a response"
             raise DataError(row.source, row.index, "prompt", found, "Shorten it, remove the row or raise max_length")
-        cut_prompts += len(prompt_ids) > limit
-        cut_responses += sum(len(response) > config.max_completion_length for response in responses)
+        prompt_ids = cut_prompt(whole, config, tokenizer.bos_token_id)
+        room = response_room(prompt_ids, config)
+        cut_prompts += len(prompt_ids) < len(whole)
+        cut_responses += sum(len(response) > room for response in responses)
         merged += row_merged
-        responses = [response[: config.max_completion_length] for response in responses]
-        prompt_ids = cut_prompt(prompt_ids, limit, config.truncation_mode, tokenizer.bos_token_id)
+        responses = [response[:room] for response in responses]
         yield Example(prompt_ids, responses[0], responses[1:], [])
     if not log:
         return
@@ -54,12 +54,7 @@ def tokenize_rows(
             len(rows),
         )
     logger.info(
-        "%d rows tokenised; %d prompts cut to %d tokens, %d responses cut to %d",
-        len(rows),
-        cut_prompts,
-        limit,
-        cut_responses,
-        config.max_completion_length,
+        "%d rows tokenised; %d prompts lost their start, %d responses their end", len(rows), cut_prompts, cut_responses
     )
 
 
@@ -99,12 +94,21 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterabl
     return sorted(stops)
 
 
-def cut_prompt(ids: list[int], limit: int, mode: str, bos: int | None) -> list[int]:
-    """At most ``limit`` of the prompt's ids; a leading BOS stays."""
-    if len(ids) <= limit:
+def is_too_long(prompt_ids: list[int], config: D2OConfig) -> bool:
+    """Whether ``max_length`` leaves a prompt no room for a response."""
+    return len(prompt_ids) > config.max_length - (config.truncation_mode == "keep_start")
+
+
+def response_room(prompt_ids: list[int], config: D2OConfig) -> int:
+    """Most tokens of a response to a prompt that ``cut_prompt`` returned."""
+    return min(config.max_completion_length, config.max_length - len(prompt_ids))
+
+
+def cut_prompt(ids: list[int], config: D2OConfig, bos: int | None) -> list[int]:
+    """The prompt's ids; with ``keep_end`` the last ``max_length - max_completion_length``, after a leading BOS."""
+    limit = config.max_length - config.max_completion_length
+    if config.truncation_mode == "keep_start" or len(ids) <= limit:
         return ids
-    if mode == "keep_start":
-        return ids[:limit]
     start = ids[:1] if bos is not None and ids[0] == bos else []
     return start + ids[len(ids) - (limit - len(start)) :]
 

@@ -211,6 +211,19 @@ def test_a_fresh_adapter_is_left_out(tmp_path):
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
 
 
+def test_drawn_anchors_end_at_max_length(tmp_path):
+    """``keep_start``: a long prompt stays whole, and its responses have the tokens that are left."""
+    config = replace(CONFIG, max_length=20, max_completion_length=12, truncation_mode="keep_start")
+    rows = [row for row in tiny_rows(10) if len(tiny_tokenizer()(row["prompt"])["input_ids"]) < 20]
+    examples = build(tmp_path / "s", rows, config=config).examples()
+    rooms = [min(12, 20 - len(example.prompt_ids)) for example in examples]
+    assert min(rooms) < 12, "no prompt is long enough"
+    for example, room in zip(examples, rooms, strict=True):
+        longest = max(map(len, example.anchor_ids))
+        assert longest <= room
+        assert any(len(ids) == room for ids in example.anchor_ids), "an untrained model hardly ever stops by itself"
+
+
 # --- Fingerprint (each field of it: test_references.py) ---
 
 

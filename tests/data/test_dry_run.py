@@ -30,8 +30,10 @@ def test_counts_lengths_and_what_would_be_cut() -> None:
     assert "\n      64 - 65            1 ##############\n" in text
     assert "tokens of a negative, its end included: 2 to 33, median 17, mean 17.2\n" in text
     assert "tokens of a given anchor, its end included: 2 to 33," in text
-    assert "would be cut: 3 prompts lose their start (at 32 tokens), 1 negatives and 1 given anchors lose" in text
-    assert "would be refused: 1 prompts of more than max_length = 64 tokens; the first is here, row 4\n" in text
+    assert "would be cut: 2 prompts lose their start, 1 negatives and 1 given anchors their end" in text
+    assert (
+        "would be refused: 1 prompts for which max_length = 64 leaves no response; the first is here, row 4\n" in text
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"bos": True}, {"prefix_space": True}], ids=["plain", "bos", "prefix space"])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import read_rows, read_sources, rows_from, split_by_prompt, without_duplicates
@@ -478,21 +479,43 @@ def test_truncation(caplog):
     prompt = tokenizer.decode(body)
     assert tokenizer(prompt)["input_ids"] == [1, *body]
     rows = rows_from([{"prompt": prompt, "rejected": " it" * 9, "anchors": [" it" * 3, " it" * 4]}])
-    for mode, kept in (("keep_end", [1, *body[-7:]]), ("keep_start", [1, *body[:7]])):
-        config = D2OConfig(max_length=13, max_completion_length=5, truncation_mode=mode)
+    cases = (("keep_end", 13, [1, *body[-7:]], "1 prompts"), ("keep_start", 18, [1, *body], "0 prompts"))
+    for mode, max_length, kept, lost in cases:
+        config = D2OConfig(max_length=max_length, max_completion_length=5, truncation_mode=mode)
         with caplog.at_level(logging.INFO, logger="d2o_fast"):
             (example,) = list(tokenize_rows(rows, tokenizer, config))
         assert example.prompt_ids == kept
         it = tokenizer(" it")["input_ids"][-1]
         assert example.rejected_ids == [it] * 5
         assert example.anchor_ids == [[it] * 3 + [2], [it] * 4 + [2]]
-        assert "1 prompts cut to 8 tokens, 1 responses cut to 5" in caplog.text
-    rows, config = (
-        rows_from([{"prompt": prompt, "rejected": "x"}], "here"),
-        D2OConfig(max_length=12, max_completion_length=5),
-    )
-    with pytest.raises(DataError, match=r"here, row 1, field 'prompt': 13 tokens, more than max_length \(12\)"):
-        list(tokenize_rows(rows, tokenizer, config))
+        assert f"{lost} lost their start, 1 responses their end" in caplog.text
+    rows = rows_from([{"prompt": prompt, "rejected": "x"}], "here")
+    for mode, max_length in (("keep_end", 12), ("keep_start", 13)):
+        config = D2OConfig(max_length=max_length, max_completion_length=5, truncation_mode=mode)
+        found = (
+            rf"here, row 1, field 'prompt': 13 tokens, of which max_length \({max_length}\) leaves none for a response"
+        )
+        with pytest.raises(DataError, match=found):
+            list(tokenize_rows(rows, tokenizer, config))
+
+
+def test_keep_start_cuts_the_sequence_as_trl_does():
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "how to mend the lock", "rejected": " go away" * 8, "anchors": [" it" * 30]}
+    (whole,) = tokenize_rows(rows_from([row]), tokenizer, D2OConfig(max_length=400, max_completion_length=300))
+    for max_length in (len(whole.prompt_ids) + 1, len(whole.prompt_ids) + 6):
+        config = D2OConfig(max_length=max_length, max_completion_length=max_length - 1, truncation_mode="keep_start")
+        (example,) = tokenize_rows(rows_from([row]), tokenizer, config)
+        ids = [whole.prompt_ids + response for response in whole.responses()]
+        collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode="keep_start")
+        features = {
+            "prompt_ids": whole.prompt_ids,
+            "chosen_ids": whole.anchor_ids[0],
+            "rejected_ids": whole.rejected_ids,
+        }
+        theirs = collator([features])["input_ids"].tolist()  # chosen, rejected
+        assert example.prompt_ids + example.anchor_ids[0] == theirs[0] == ids[1][:max_length]
+        assert example.prompt_ids + example.rejected_ids == theirs[1] == ids[0][:max_length]
 
 
 def test_texts_without_tokens():
