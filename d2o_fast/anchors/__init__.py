@@ -1,1 +1,1 @@
-"""The responses that hold the model: drawn, filtered, scored once and kept."""
+"""Anchors: responses that are drawn, filtered, scored once and kept in a store."""

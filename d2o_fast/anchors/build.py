@@ -1,8 +1,8 @@
-"""Anchors and reference scores, made once and kept on disk.
+"""Makes anchors and reference scores once and keeps them on disk.
 
-A store is a folder with a manifest and shards of ``sampling_batch_size`` rows (``anchors/shards.py``). A shard is drawn and
-scored together, with a seed of its own, and renamed into place once it is on the disk. So a run that is killed at any
-instant and started again makes only what is missing, and ends with the same bits.
+A store is a folder with a manifest and shards of ``sampling_batch_size`` rows (``anchors/shards.py``). Each shard is
+drawn and scored together, with its own seed, and renamed into place when it is on the disk. A run that is killed and
+started again makes only the missing shards and ends with the same bits.
 
 K anchors of one prompt; S responses; N response tokens of a batch.
 """
@@ -45,34 +45,34 @@ def build_store(
     folder: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> AnchorStore:
-    """Makes the store in ``folder``, or completes the one that is there.
+    """Makes the store in ``folder``, or completes it.
 
-    Rows without anchors get K = ``config.num_generations`` of them, or what ``anchors/filters.py`` leaves. They are drawn from
-    the model, here or where ``config.server_url`` serves it; all responses are scored here, by the models of
-    ``anchors/references.py``.
+    Rows without anchors get K = ``config.num_generations`` of them, or fewer after ``anchors/filters.py``. The model
+    draws them, here or on the server at ``config.server_url``. The models of ``anchors/references.py`` score all
+    responses here.
 
     Args:
-        model: the initial model, from which training will start. It draws; it scores too, unless ``config`` names
-            references. Of a PeftModel, ``adapters.initial_policy`` says what that is.
+        model: the initial model, from which training starts. It draws the anchors, and scores unless ``config`` names
+            references. ``adapters.initial_policy`` defines it for a PeftModel.
         progress: called as ``progress(rows done, rows in all)`` after each shard, and once at the start.
 
     Raises:
         FingerprintError: the folder holds anchors made under other conditions.
-        DataError: rows that cannot be used, all of them checked before the first is sampled.
-        D2OError: another process at work in the folder, a damaged shard, fewer responses than asked for, a score that
-            is not finite, a reference that does not fit, a server that cannot be sampled from.
+        DataError: a row cannot be used; all rows are checked before the first is sampled.
+        D2OError: another process works in the folder, a shard is damaged, there are fewer responses than asked for, a
+            score is not finite, a reference does not fit, the server cannot be sampled from.
     """
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
     size = config.sampling_batch_size
     for _ in tokenize_rows(rows, tokenizer, config):
-        pass  # all rows are looked at before the first is sampled
+        pass  # checks all rows before the first is sampled
     if config.sampling_instruction is not None:
         for start in range(0, len(rows), size):
             to_draw = [row for row in rows[start : start + size] if row.anchors is None]
             for _ in instructed(to_draw, tokenizer, config):
-                pass  # what cannot be drawn is said before the first draw
+                pass  # refuses unfit prompts before the first draw
     references = References(model, tokenizer, config)
     fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +133,13 @@ def open_store(
     name: str,
     may_build: bool = True,
 ) -> AnchorStore:
-    """The complete store of ``data``, checked against the initial ``model``; made, or completed, if it may be.
+    """The complete store of ``data``, checked against the initial ``model``.
 
-    Says how many rows have lost all their anchors to the filters.
+    Makes or completes it if ``may_build``. Logs the number of rows that lost all their anchors to the filters.
 
     Raises:
-        D2OError: it may not be made and is missing or incomplete; no row has any anchors.
-        FingerprintError: it was made under other conditions.
+        D2OError: the store is missing or incomplete and may not be made; no row has any anchors.
+        FingerprintError: the store was made under other conditions.
     """
     if isinstance(data, AnchorStore):
         store = data
@@ -164,7 +164,7 @@ def anchors_folder(config: D2OConfig, name: str) -> Path:
 
 
 class _Progress:
-    """A progress bar over rows, shown once there is something left to do."""
+    """A progress bar over rows, shown only if rows are left to do."""
 
     def __init__(self, name: str) -> None:
         self.name, self.bar = name, None

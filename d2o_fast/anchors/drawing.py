@@ -1,7 +1,7 @@
-"""Anchors for rows that have none: responses that the model writes itself, in this process or on a server.
+"""Draws anchors from the model, in this process or on a server, for rows that have none.
 
-How many of the draws are kept, and which: ``anchors/filters.py``. With ``sampling_instruction`` the model reads an instruction
-too while it draws; the anchors then stand behind the bare prompt, as any response.
+``anchors/filters.py`` decides which draws are kept. With ``sampling_instruction`` the model also reads an instruction
+while it draws. The anchors then follow the bare prompt, as any response does.
 
 K anchors of one prompt.
 """
@@ -32,12 +32,12 @@ from d2o_fast.sampling.server import ServerSampler
 
 logger = logging.getLogger("d2o_fast")
 
-#: How far a server's log-probabilities may lie from the initial model's, in the mean over the tokens of four draws:
-#: this part of their standard deviation from token to token, or so many nats. Roundings stay below (docs/anchors.md).
+#: A server's log-probabilities may differ from the initial model's, on average over the tokens of four draws, by
+#: OTHER_WEIGHTS times their standard deviation over tokens or by ROUNDING nats, whichever is larger. Rounding errors
+#: are smaller (docs/anchors.md).
 OTHER_WEIGHTS, ROUNDING = 0.1, 0.02
 
-
-#: What decides draws together with ``sampling_seed``: ``(shard,)`` of a store, ``("refresh", step, batch)`` later on.
+#: Seeds draws together with ``sampling_seed``: ``(shard,)`` for a store, ``("refresh", step, shard)`` for a window.
 Seed = tuple[int | str, ...]
 
 
@@ -45,7 +45,7 @@ class Drawer:
     """Draws the anchors of one shard at a time, and filters them.
 
     Raises:
-        D2OError: a server's settings that cannot be right; a scorer that cannot be loaded.
+        D2OError: the server's settings are invalid; the scorer cannot be loaded.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Drawer:
     def with_anchors(
         self, seed: Seed, rows: Sequence[Row], examples: Sequence[Example]
     ) -> tuple[list[Example], list[list[str]]]:
-        """The examples, those without anchors with the ones that were drawn for them and kept: K, fewer, or none.
+        """The examples; each without anchors gets the kept draws: K, fewer, or none.
 
-        Of each, too, why the others of its draws were dropped (``filters.REASONS``).
+        Also returns, per example, why each remaining draw was dropped (``filters.REASONS``).
 
         Raises:
-            D2OError: fewer responses than asked for, a server that cannot be sampled from or serves another model, a
-                score that is not finite.
+            D2OError: there are fewer responses than asked for, the server cannot be sampled from or serves another
+                model, a score is not finite.
         """
         wanted = [i for i, example in enumerate(examples) if not example.anchor_ids]
         wanted_rows, wanted_examples = [rows[i] for i in wanted], [examples[i] for i in wanted]
@@ -130,10 +130,10 @@ class Drawer:
             yield ServerPrompt(example.prompt_ids if cut else row.prompt, example.prompt_ids, place)
 
     def _refuse_other_weights(self, server: ServerSampler, prompt: ServerPrompt, how: Sampling) -> None:
-        """Compares the server's log-probabilities of four draws with the initial model's, if it tells them.
+        """Compares the server's log-probabilities of four draws with the initial model's, if it returns them.
 
         Raises:
-            D2OError: they are another model's.
+            D2OError: the server has other weights.
         """
         draws = server.scored(prompt, how)
         if not draws:
@@ -156,5 +156,5 @@ class Drawer:
 
 
 def draw_seed(*parts: int | str) -> int:
-    """56 bits of a hash, since neighbouring seeds of neighbouring runs must not share shards."""
+    """56 bits of a hash of ``parts``, so that runs with neighbouring seeds share no draws."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")

@@ -1,6 +1,6 @@
-"""Which of the drawn responses become anchors: duplicates, empty ones, what a score calls bad, and the best of n.
+"""Chooses which draws become anchors: drops empty, truncated, overlapping, duplicate and low-scored ones.
 
-Everything is off by default: anchors stand for the model's own distribution, and each filter bends it. What is dropped
+All filters are off by default: anchors represent the model's own distribution, and each filter bends it. A dropped draw
 is counted under a reason and never replaced. A prompt may lose all its draws; then it has no anchors.
 
 K anchors of one prompt.
@@ -22,27 +22,27 @@ from d2o_fast.config import DEFAULTS, D2OConfig, having
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import DataError, shortened
 
-#: Why a draw was dropped, in the order in which it is asked; "surplus" are those beyond the K first or K best.
+#: Why a draw was dropped, in the order of the checks. "surplus" draws come after the K first or K best.
 REASONS = ("empty", "truncated", "overlap", "duplicate", "score", "surplus")
 
 
 @dataclass(frozen=True)
 class KeptDraws:
-    """What became of the draws of one prompt: up to K anchors as token ids, and a reason for each of the others."""
+    """The draws of one prompt, filtered: up to K anchors as token ids, and a reason for each dropped draw."""
 
     anchors: list[list[int]]
     dropped: list[str]
 
 
 class AnchorFilter:
-    """The filters that ``config`` asks for.
+    """The filters that ``config`` sets.
 
     Args:
         stops: the tokens that end a response.
-        device: where a classifier scores.
+        device: the device of a classifier.
 
     Raises:
-        D2OError: ``config.anchor_score`` names nothing that can score.
+        D2OError: ``config.anchor_score`` names no usable scorer.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class AnchorFilter:
     def __call__(
         self, rows: Sequence[Row], examples: Sequence[Example], draws: Sequence[Sequence[list[int]]]
     ) -> list[KeptDraws]:
-        """What is kept of each row's ``draws``, in the order in which it was drawn.
+        """The kept ``draws`` of each row, in the order of drawing.
 
         Raises:
-            DataError: a score that is not a finite number.
+            DataError: a score is not a finite number.
         """
         reasons = [self._reasons(example, of_row) for example, of_row in zip(examples, draws, strict=True)]
         indices = [(r, d) for r, of_row in enumerate(reasons) for d, reason in enumerate(of_row) if reason is None]
@@ -113,26 +113,23 @@ class AnchorFilter:
 
 
 def token_overlap(anchor: Sequence[int], negative: Sequence[int], ends: set[int]) -> float:
-    """Tokens in common over tokens in either, as multisets and without those that end a response: from 0 to 1."""
+    """Tokens in common over tokens in either, from 0 to 1. Repeats count; ``ends`` do not."""
     a, b = (Counter(token for token in ids if token not in ends) for ids in (anchor, negative))
     either = (a | b).total()
     return (a & b).total() / either if either else 1.0
 
 
-# --- Scores ------------------------------------------------------------------------------------------------------
-
-
-# --- What is said of it ------------------------------------------------------------------------------------------
+# --- Texts -------------------------------------------------------------------------------------------------------
 
 
 def settings_text(config: D2OConfig) -> str:
-    """The filters that are on, by their settings; empty if none is."""
+    """The settings of the active filters as text; empty if no filter is active."""
     found = {name: getattr(config, name) for name in having("filter")}
     texts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in found.items()}
     return "; ".join(f"{name} {text}" for name, text in texts.items() if found[name] != DEFAULTS[name])
 
 
 def counts_text(dropped: Iterable[str]) -> str:
-    """Reasons, or how often each occurs, as ``3 duplicate, 1 empty`` in the order of ``REASONS``; empty if none."""
+    """The count of each reason as ``3 duplicate, 1 empty``, in the order of ``REASONS``; empty without reasons."""
     counts = Counter(dropped)
     return ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])

@@ -1,9 +1,9 @@
-"""What a stored set of anchors and reference scores depends on, as a dict of named fields.
+"""The conditions under which anchors and reference scores were made, as a dict of named fields.
 
-In: weights, configuration and adapter of the initial model and of both references, the rows, the tokenizer,
-truncation, the compute dtype, and how anchors are drawn and filtered. Each is taken by content, so that a folder may be
-moved or renamed. Out: whatever belongs to training (seed, learning rate, output folder), and what changes scores in
-their rounding alone (attention implementation, batch sizes of training, fused kernels, device).
+The fields are: weights, configuration and adapter of the initial model and of both references, the rows, the tokenizer,
+truncation, the compute dtype, and how anchors are drawn and filtered. They identify content, so a folder may be moved
+or renamed. They leave out settings of training (seed, learning rate, output folder) and settings that change scores
+only by rounding (attention implementation, batch sizes of training, fused kernels, device).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from d2o_fast.data.tokens import stop_token_ids
 from d2o_fast.model.identity import config_digest, digest, tokenizer_digest, weights_digest
 from d2o_fast.model.parts import base_of
 
-#: kinds of `drop_anchors`, each a field of its own as in stores of older versions
+#: kinds of `drop_anchors`; each has its own field, as in stores of older versions
 _DROPPED = ("duplicate", "empty", "truncated")
 
 
@@ -42,10 +42,10 @@ def expected_fingerprint(
 
     Args:
         model: the initial model, before its first step.
-        references: those of ``config``, if they are at hand.
+        references: the references of ``config``; made here if not given.
 
     Raises:
-        D2OError: a reference that cannot be loaded.
+        D2OError: a reference or the scorer cannot be loaded, or a reference's tokenizer differs.
     """
     references = references or References(model, tokenizer, config)
     settings = {name: getattr(config, name) for name in having("fingerprint")}
@@ -58,7 +58,7 @@ def expected_fingerprint(
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": digest(tokenizer.chat_template) if chat else None,
         "stop_token_ids": stop_token_ids(tokenizer, base_of(model), rows),
-        # a server's draws may come back as text
+        # a server may return draws as text
         "sampler": "generate" if config.server_url is None else "server",
         **settings,
         **{f"drop_{kind}_anchors": kind in dropped for kind in _DROPPED},
@@ -68,7 +68,7 @@ def expected_fingerprint(
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
-    """One name for all fields: the SHA-256 of their JSON."""
+    """The SHA-256 of all fields, as JSON."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""``d2o anchors inspect FOLDER`` and ``d2o anchors export FOLDER OUT.jsonl``: a look into an anchor store.
+"""``d2o anchors inspect FOLDER`` and ``d2o anchors export FOLDER OUT.jsonl``: reports on an anchor store.
 
 K anchors of one prompt.
 """
@@ -33,7 +33,8 @@ def anchors(action: str, folder: Path, out: Path | None = None) -> int:
         action: "inspect", or "export", which needs ``out``.
 
     Raises:
-        D2OError: no store, a damaged one; an incomplete one, no ``out`` or a file that is there already, in an export.
+        D2OError: the store is missing or damaged; ``out`` does not go with ``action``; for an export also, the store is
+            incomplete, or ``out`` exists already or cannot be written.
     """
     if (action == "export") != (out is not None):
         raise D2OError("usage: d2o anchors inspect FOLDER, or d2o anchors export FOLDER OUT.jsonl")
@@ -50,7 +51,7 @@ def _stores(folder: Path) -> list[Path]:
 
 
 def inspect(folder: Path) -> str:
-    """What the store in ``folder`` holds, as text; shards that are still missing are counted."""
+    """A summary of the store in ``folder``, as text. The store may be incomplete."""
     store = AnchorStore.open(folder, require_complete=False)
     if not store.num_present:
         return f"{folder}: none of {store.num_shards} shards is made yet"
@@ -86,7 +87,7 @@ def inspect(folder: Path) -> str:
 
 
 class _Counts:
-    """What is counted while the rows of a store go by."""
+    """Counts over the rows of a store."""
 
     def __init__(self, ends: set[int]) -> None:
         self.ends = ends
@@ -120,7 +121,7 @@ class _Counts:
         self.overlapping += sum(overlap >= 0.5 for overlap in overlaps)
 
     def of_anchors(self) -> list[str]:
-        """What is said of anchors where there are any."""
+        """The lines about anchors; there must be at least one."""
         anchors = self.anchors.total()
         tokens = sum(length * count for length, count in self.anchors.items())
         return [
@@ -137,12 +138,13 @@ class _Counts:
 
 
 def export(folder: Path, out: Path) -> int:
-    """Writes a line with TRL's ``prompt``, ``chosen`` (an anchor) and ``rejected`` for every anchor; their number.
+    """Writes a line with TRL's ``prompt``, ``chosen`` and ``rejected`` per anchor, and returns the number of lines.
 
-    Texts are strings, or lists of messages where the data are chats. Duplicates stay: they are the distribution.
+    ``chosen`` is the anchor. Texts are strings, or lists of messages if the data are chats. Duplicates stay: they are
+    part of the distribution.
 
     Raises:
-        D2OError: an incomplete store, or a file ``out`` that is there already.
+        D2OError: the store is incomplete, or ``out`` exists already or cannot be written.
     """
     store = AnchorStore.open(folder, require_complete=False)
     if store.missing:

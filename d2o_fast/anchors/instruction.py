@@ -1,4 +1,4 @@
-"""The instruction that anchors are drawn under, and that scoring does not see."""
+"""Puts an instruction around prompts while anchors are drawn. Scoring uses the bare prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2o_fast.data.row import Row
 from d2o_fast.data.tokens import encode_prompts
 from d2o_fast.errors import DataError
 
-PLACE = "{prompt}"  #: where an instruction wants the prompt
+PLACE = "{prompt}"  #: the prompt replaces it in an instruction
 
 
 def instructed(
@@ -21,7 +21,7 @@ def instructed(
     """Each row with ``config.sampling_instruction`` around its prompt, and the token ids of that prompt.
 
     Raises:
-        DataError: a prompt that the instruction cannot be put around, or that would have to be cut.
+        DataError: the instruction does not fit a prompt or its chat template, or the prompt would be cut.
     """
     limit = config.max_length - config.max_completion_length
     wrapped = [_wrapped(row, str(config.sampling_instruction)) for row in rows]

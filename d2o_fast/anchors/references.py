@@ -1,7 +1,7 @@
-"""The models that divide in D2O's log-ratios: pi_r- scores the anchors, pi_r+ the negatives.
+"""The reference models, i.e. the denominators of D2O's log-ratios: pi_r- scores the anchors, pi_r+ the negatives.
 
-Either is the initial model unless ``ref_model_neg`` or ``ref_model_pos`` names another. A named one only scores: the
-anchors are drawn from the initial model all the same.
+Each is the initial model unless ``ref_model_neg`` or ``ref_model_pos`` names another. A named model only scores; the
+initial model draws the anchors.
 
 K anchors of one prompt.
 """
@@ -27,22 +27,22 @@ from d2o_fast.model.loading import has_tokenizer, load_model, load_tokenizer, qu
 from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_moving_positions, refuse_quantised, vocabulary_size
 
 SIDES = ("neg", "pos")
-_NAMES = ("weights", "model_config", "adapter")  # of an Identity's fields in the fingerprint
+_NAMES = ("weights", "model_config", "adapter")  # the fingerprint's names for the fields of an Identity
 _REF_NAMES = {side: (f"ref_{side}_weights", f"ref_{side}_config", f"ref_{side}_adapter") for side in SIDES}
-_known: dict[Any, Identity] = {}  # of models that this process has loaded before
+_known: dict[Any, Identity] = {}  # identities of models that this process has loaded
 
 
 def reference_names(config: D2OConfig) -> dict[str, str | None]:
-    """The models named for "neg" and "pos"; None is the initial model."""
+    """The names of the models for "neg" and "pos"; None means the initial model."""
     return {side: name for side in SIDES for _, name in [_setting(config, side)]}
 
 
 def describe_references(fingerprint: Mapping[str, Any], names: Mapping[str, str | None]) -> str:
-    """Who scored, in words.
+    """The models that scored, in words.
 
     Args:
-        fingerprint: a store's, or that of anchors drawn anew (``training/refresh.py``).
-        names: ``reference_names`` of the settings that it was made with.
+        fingerprint: the fingerprint of a store or of a window of refreshed anchors (``training/refresh.py``).
+        names: ``reference_names`` of the settings that made it.
     """
     initial = "the initial model" + (" with the adapter it came with" if fingerprint["adapter"] else "")
     own = [fingerprint[name] for name in _NAMES]
@@ -60,10 +60,10 @@ def describe_references(fingerprint: Mapping[str, Any], names: Mapping[str, str 
 
 
 class References:
-    """Both references, loaded when they are needed and no earlier, each once; freed with this object.
+    """Both references. Each is loaded once, on demand, and freed with this object.
 
     Args:
-        model: the initial model. Of a PeftModel, ``adapters.initial_policy`` says what that is.
+        model: the initial model; ``adapters.initial_policy`` defines it for a PeftModel.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> None:
@@ -75,7 +75,7 @@ class References:
         """Weights, configuration and adapter of the initial model, of "neg" and of "pos", by content.
 
         Raises:
-            D2OError: a reference that cannot be loaded, or reads ids otherwise than the initial model.
+            D2OError: a reference cannot be loaded, or its tokenizer differs from the initial model's.
         """
         for setting, name in {_setting(self.config, side) for side in SIDES}:
             if name is not None:
@@ -89,12 +89,12 @@ class References:
         """K + 1 log-probabilities of each example, fp32 sums in nats: log pi_r+ of the negative, log pi_r- of anchors.
 
         Raises:
-            D2OError: a model that cannot score, or does not know all ids.
+            D2OError: a model cannot score, or its vocabulary lacks an id.
         """
         neg, pos = (self._scorer(side) for side in SIDES)
         if neg is pos:
             return neg.score(examples, examples)
-        # Each side alone: the first of the responses takes the negative's place.
+        # Each side is scored alone; the first anchor takes the negative's place.
         anchors = [Example(e.prompt_ids, e.anchor_ids[0], e.anchor_ids[1:], []) for e in examples]
         negatives = [Example(e.prompt_ids, e.rejected_ids, [], []) for e in examples]
         scores = zip(pos.score(negatives, examples), neg.score(anchors, examples), strict=True)
@@ -104,7 +104,7 @@ class References:
         """Makes both sides ready to score.
 
         Raises:
-            D2OError: a model that cannot score.
+            D2OError: a model cannot score.
         """
         for side in SIDES:
             self._scorer(side)
@@ -145,7 +145,7 @@ class References:
                     raise D2OError(f"{what} has changed since this process read it first; start again")
                 model.to(next(self.model.parameters()).device)
             elif name is not None:
-                self._loaded.pop(name, None)  # another copy of the initial model
+                self._loaded.pop(name, None)  # a second copy of the initial model
             self._scorers[identity] = _Reference(model, self.config, pad_token_id(self.tokenizer), what)
         return self._scorers[identity]
 
@@ -167,13 +167,13 @@ class References:
 
 
 def _setting(config: D2OConfig, side: str) -> tuple[str, str | None]:
-    """(the setting that decides, the name in it)"""
+    """(the setting of ``side``, its value)"""
     setting = f"ref_model_{side}"
     return setting, getattr(config, setting)
 
 
 def _state_of(name: str) -> Any:
-    """Differs after any change of the files in a folder, or of those under its adapter; a hub name is itself."""
+    """A key that differs after any change of a folder's files or of its adapter's base; a hub name is its own key."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
@@ -191,7 +191,7 @@ class _Reference:
                 self.decoder = decoder_of(model)
         except D2OError as error:
             raise D2OError(f"{what} cannot score: {error}") from error
-        self.shared: bool | None = None  # not known before there are responses to try it on
+        self.shared: bool | None = None  # unknown until there are responses to try it on
 
     def score(self, part: Sequence[Example], examples: Sequence[Example]) -> list[list[float]]:
         """Scores of the responses in ``part``; whole ``examples`` show whether prompts can be shared."""

@@ -1,4 +1,4 @@
-"""Quality scores of anchors: a function, or a sequence classifier."""
+"""Quality scores of anchors, by a function or a sequence classifier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Pair = tuple[Row, str]  #: a row and the text of a response to its prompt
 
 
 class FunctionScorer:
-    """``score(prompt, response) -> float`` of the user's; the prompt as a judge sees it (``prompt_text``)."""
+    """The user's ``score(prompt, response) -> float``. The prompt is the text that a judge gets (``prompt_text``)."""
 
     def __init__(self, name: str) -> None:
         self.name, self.function = name, load_function(name, "anchor_score")
@@ -32,7 +32,7 @@ class FunctionScorer:
         return [self.function(prompt_text(row), response) for row, response in pairs]
 
     def source(self) -> str | None:
-        """The text of the module that defines the function; None where there is none (a builtin, an extension)."""
+        """The text of the module that defines the function; None if it has no text (a builtin, an extension)."""
         module = inspect.getmodule(self.function)
         try:
             return None if module is None else inspect.getsource(module)
@@ -41,13 +41,13 @@ class FunctionScorer:
 
 
 class ClassifierScorer:
-    """The single output of a sequence classifier: a reward model, or what else gives higher numbers to better texts.
+    """The single output of a sequence classifier, e.g. a reward model. Higher must mean better.
 
-    Where its own tokenizer has a chat template, prompt and response go through it as messages (a prompt that is a
-    string as the user's); otherwise as two texts.
+    If its tokenizer has a chat template, prompt and response become messages (a string is the user's message).
+    Otherwise they are a pair of texts.
 
     Raises:
-        D2OError: it cannot be loaded, has no trained head, or not exactly one output.
+        D2OError: the classifier cannot be loaded, has no trained head, or does not have exactly one output.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -76,8 +76,8 @@ class ClassifierScorer:
             )
         self.model: Any = model.to(device).eval()
         pad = model.config.get_text_config().pad_token_id
-        # A decoder reads its score at the last token that is no padding by its own configuration. Where that and the
-        # tokenizer's differ, texts go one by one, without padding.
+        # A decoder takes its score at the last token that its own configuration does not call padding. If the
+        # tokenizer pads with another token, texts are scored one by one, without padding.
         self.batch = SCORE_BATCH if pad is not None and pad == self.tokenizer.pad_token_id else 1
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.longest = min(self.tokenizer.model_max_length, longest)
@@ -108,7 +108,7 @@ class ClassifierScorer:
     def _rendered(self, row: Row, messages: list[dict[str, Any]]) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # a template raises what its author chose
+        except Exception as error:  # a template may raise anything
             found = f"the chat template of anchor_score '{self.name}' refuses these messages ({shortened(str(error))})"
             raise DataError(row.source, row.index, "prompt", found, "Check the roles and their order") from error
 
@@ -117,10 +117,10 @@ QualityScorer = FunctionScorer | ClassifierScorer
 
 
 def load_scorer(name: str, device: torch.device) -> QualityScorer:
-    """What ``anchor_score`` names: ``"package.module:function"``, or the folder or hub name of a sequence classifier.
+    """The scorer ``name``: ``"package.module:function"``, or the folder or hub name of a sequence classifier.
 
     Raises:
-        D2OError: neither can be loaded, or it is not fit to score.
+        D2OError: the scorer cannot be loaded, or cannot score.
     """
     is_function = ":" in name and not Path(os.path.expanduser(name)).is_dir()
     return FunctionScorer(name) if is_function else ClassifierScorer(name, device)

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts' responses under the references, summed once and kept in the store.
+"""Log-probabilities of responses under a model, per token or summed over the response.
 
 K anchors of one prompt; N response tokens of a batch.
 """
@@ -25,8 +25,8 @@ def reference_logps(
 ) -> list[list[float]]:
     """Log-probabilities of each example's responses, the negative's first: fp32 sums in nats.
 
-    Batches hold whole prompts, at most ``SCORE_TOKENS`` tokens of them, so that memory does not grow with the number of
-    examples; which rows share a batch, or ``shared`` prompts, changes a score in its rounding only.
+    Batches hold whole prompts and at most ``SCORE_TOKENS`` tokens, so memory does not grow with the number of examples.
+    The split into batches and ``shared`` change a score only by rounding.
     """
     device = next(model.parameters()).device
     scores: list[list[float]] = []

@@ -1,8 +1,8 @@
-"""The files of an anchor store: a manifest and shards, each of which is there whole or not at all.
+"""The files of an anchor store: a manifest and shards, each whole or absent.
 
 manifest.json                  fingerprint, number of rows and of shards, names of references; written first
 shard-00000.parquet ...        ``sampling_batch_size`` rows each, in the order of the data
-shard-00000.parquet.sha256     its digest, as ``sha256sum -c`` reads it
+shard-00000.parquet.sha256     its digest, in the format of ``sha256sum -c``
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 from d2o_fast.errors import D2OError
 from d2o_fast.files import atomic_file
 
-FORMAT = 2  #: of these files; a part of the fingerprint
+FORMAT = 2  #: version of the files; part of the fingerprint
 SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),  # place in the data, from 0
+        ("row", pa.int64()),  # index in the data, from 0
         ("source", pa.string()),
         ("source_row", pa.int64()),  # row of the source, from 1
         ("chat", pa.bool_()),  # prompt, rejected and given anchors are messages, written as JSON
-        ("sampled", pa.bool_()),  # anchors were drawn here and did not come with the data
+        ("sampled", pa.bool_()),  # anchors were drawn, not given with the data
         ("prompt", pa.string()),
         ("rejected", pa.string()),
         ("anchors", pa.list_(pa.string())),
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),
         ("anchors_tokens", pa.list_(pa.int32())),
-        ("dropped", pa.list_(pa.string())),  # why each draw that is no anchor is none (``filters.REASONS``)
+        ("dropped", pa.list_(pa.string())),  # the reason for each dropped draw (``filters.REASONS``)
     ]
 )
 
@@ -52,7 +52,11 @@ def shard_name(i: int) -> str:
 
 
 def begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the folder, written now if the folder is new."""
+    """The manifest of the folder; writes ``manifest`` if there is none.
+
+    Raises:
+        D2OError: as ``read_manifest``; the folder holds shards without a manifest.
+    """
     if (folder / "manifest.json").exists():
         return read_manifest(folder)
     if any(folder.glob("shard-*.parquet")):
@@ -63,7 +67,11 @@ def begin(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; a D2OError where there is none, or a damaged one."""
+    """Reads the manifest.
+
+    Raises:
+        D2OError: the folder or manifest is missing, or the manifest is damaged or of another format.
+    """
     if not folder.is_dir():
         raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
     try:
@@ -84,20 +92,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_shard(folder: Path, i: int, table: pa.Table) -> str:
-    """Puts shard ``i`` in place, whole; its SHA-256."""
+    """Writes shard ``i``, whole or not at all, and returns its SHA-256."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     name, digest = shard_name(i), hashlib.sha256(data).hexdigest()
     with atomic_file(folder / f"{name}.sha256") as file:
         file.write(f"{digest}  {name}\n".encode())
-    with atomic_file(folder / name) as file:  # last: a shard that is there has its digest
+    with atomic_file(folder / name) as file:  # last, so that every shard has a digest
         file.write(data)
     return digest
 
 
 def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
-    """The shard's SHA-256, verified, its rows and counts as well; None if it was not made yet."""
+    """Verifies the shard and returns its SHA-256; None if the shard is not made yet.
+
+    Raises:
+        D2OError: the digest is missing, the shard is damaged, or its rows or counts are wrong.
+    """
     path = folder / shard_name(i)
     if not path.exists():
         return None
@@ -136,7 +148,7 @@ def read_shard(folder: Path, i: int, digest: str, columns: Sequence[str]) -> pa.
     """``columns`` of a shard that ``check_shard`` found to have ``digest``.
 
     Raises:
-        D2OError: it is gone since, or another one.
+        D2OError: the shard is missing or has changed.
     """
     data = pa.BufferReader(_verified(folder / shard_name(i), digest))
     with pq.ParquetFile(data) as file:
@@ -155,15 +167,15 @@ def _verified(path: Path, digest: str) -> bytes:
     return data
 
 
-CACHE_BYTES = 64 << 20  #: of decoded shards that a store keeps; a token takes 4
+CACHE_BYTES = 64 << 20  #: of decoded shards cached per store; a token takes 4
 
 
 class Shards:
-    """The shards of a store that were whole when it was opened.
+    """The verified shards of a store. Reads them on demand.
 
     Args:
-        size: rows of each, the last one's aside.
-        digests: the SHA-256 with which each was verified; None where there is none yet.
+        size: rows per shard; the last may have fewer.
+        digests: the SHA-256 of each shard; None if the shard is not made yet.
     """
 
     def __init__(self, folder: Path, size: int, digests: Sequence[str | None]) -> None:
@@ -175,13 +187,13 @@ class Shards:
         """Row ``i`` of the store.
 
         Raises:
-            D2OError: its shard is gone, or not what it was when the store was opened.
+            D2OError: its shard is missing or has changed since it was verified.
         """
         shard, place = divmod(i, self.size)
         return self._table(shard, columns).slice(place, 1).to_pylist()[0]
 
     def records(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The rows of all shards that are there, in order.
+        """The rows of all shards that are made, in order.
 
         Raises:
             D2OError: as ``record``.

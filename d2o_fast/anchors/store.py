@@ -1,7 +1,7 @@
-"""The content of an anchor store, read from its shards when it is asked for.
+"""The content of an anchor store, read from its shards on demand.
 
-A shard is read whole and decoded where a row of it is: 0.5 ms for 16 rows of 450 tokens, 0.8 ms for 64. What was read
-last stays, up to ``CACHE_BYTES``, so a store that is smaller is read once.
+Reading a row decodes its whole shard: 0.5 ms for 16 rows of 450 tokens, 0.8 ms for 64. Recent shards are cached, up to
+``CACHE_BYTES``, so a smaller store is read once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 class StoredRows(LazySequence[Item]):
-    """What ``make`` makes of the ``columns`` of the rows at ``indices`` of a store."""
+    """The rows at ``indices`` of a store. ``make`` turns the ``columns`` of each into an item."""
 
     def __init__(
         self, shards: Shards, indices: Sequence[int], columns: tuple[str, ...], make: Callable[[dict[str, Any]], Item]
@@ -57,7 +57,7 @@ def example_of(record: dict[str, Any]) -> Example:
 
 
 def row_of(record: dict[str, Any]) -> Row:
-    """The row that was sampled for (``ROW_COLUMNS``); ``anchors`` is None where they were sampled."""
+    """The row of the data (``ROW_COLUMNS``); ``anchors`` is None if they were sampled."""
     read = json.loads if record["chat"] else str
     anchors = None if record["sampled"] else [read(anchor) for anchor in record["anchors"]]
     return Row(read(record["prompt"]), read(record["rejected"]), anchors, record["source"], record["source_row"])
@@ -74,11 +74,11 @@ class AnchorStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], require_complete: bool = True) -> AnchorStore:
-        """Verifies every shard, and keeps none: rows are read when they are asked for.
+        """Verifies every shard but keeps none in memory; rows are read on demand.
 
         Raises:
-            D2OError: no such folder, no manifest, shards that are missing (unless ``require_complete`` is false) or
-                damaged; each is named.
+            D2OError: the folder or its manifest is missing, a shard is damaged, or a shard is missing and
+                ``require_complete`` is true.
         """
         manifest = read_manifest(Path(folder))
         digests = [check_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
@@ -92,12 +92,12 @@ class AnchorStore:
 
     @property
     def num_shards(self) -> int:
-        """How many there are when the store is complete."""
+        """Number of shards of the complete store."""
         return len(self._shards.digests)
 
     @property
     def num_present(self) -> int:
-        """How many rows are there."""
+        """Number of rows in the shards that are made."""
         size = self._shards.size
         return self.num_rows - sum(min(size, self.num_rows - i * size) for i in self.missing)
 
@@ -108,12 +108,12 @@ class AnchorStore:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is there."""
+        """Whether every shard is made."""
         return not self.missing
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the fingerprint, for a checkpoint to remember its data by."""
+        """SHA-256 of the fingerprint. A checkpoint records it to recognise its data."""
         return fingerprint_digest(self.fingerprint)
 
     def check(self, expected: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class AnchorStore:
 
     @functools.cached_property
     def usable(self) -> Sequence[int]:
-        """Places in the data of the rows that have anchors, ascending; the others lost theirs to the filters."""
+        """Data indices of the rows with anchors, ascending. The other rows lost all anchors to the filters."""
         indices = array("Q")
         for record in self.records("row", "anchors_tokens"):
             if record["anchors_tokens"]:
@@ -133,7 +133,7 @@ class AnchorStore:
         return range(self.num_rows) if len(indices) == self.num_rows else indices
 
     def lost(self) -> str | None:
-        """How many rows have lost all their anchors, the first of them, and where all are listed; None if none has."""
+        """A text with the number of rows that lost all their anchors, and the first three; None if there are none."""
         count = self.num_rows - len(self.usable)
         if not count:
             return None
@@ -146,28 +146,32 @@ class AnchorStore:
         )
 
     def dropped(self) -> Counter[str]:
-        """How many draws are no anchors for each of the ``filters.REASONS``, over all rows."""
+        """The number of dropped draws for each of the ``filters.REASONS``, over all rows."""
         return Counter(reason for record in self.records("dropped") for reason in record["dropped"])
 
     def examples(self) -> Sequence[Example]:
-        """Token ids and reference scores of the rows ``usable``, in the order of the data, read when asked for.
+        """Token ids and reference scores of the ``usable`` rows, in the order of the data, read on demand.
 
         Raises:
-            D2OError: the store is incomplete; later, at a row whose shard is gone or changed since it was opened.
+            D2OError: the store is incomplete. Reading a row raises it if the row's shard is missing or has changed.
         """
         self._require_complete()
         return StoredRows(self._shards, self.usable, EXAMPLE_COLUMNS, example_of)
 
     def rows(self) -> Sequence[Row]:
-        """All rows that the store was made of, as ``examples``; ``anchors`` is None where they were sampled."""
+        """All rows of the data, read on demand; ``anchors`` is None if they were sampled.
+
+        Raises:
+            D2OError: as ``examples``.
+        """
         self._require_complete()
         return StoredRows(self._shards, range(self.num_rows), ROW_COLUMNS, row_of)
 
     def records(self, *columns: str) -> Iterator[dict[str, Any]]:
-        """These columns (``shards.SCHEMA``) of every row that is there, in order, a shard in memory at a time.
+        """These columns (``shards.SCHEMA``) of every row that is made, in order, with one shard in memory at a time.
 
         Raises:
-            D2OError: a shard is gone or changed since the store was opened.
+            D2OError: a shard is missing or has changed since the store was opened.
         """
         return self._shards.records(columns)
 
@@ -186,7 +190,7 @@ def store_record(
 ) -> dict[str, Any]:
     """A row of a shard (``SCHEMA``): ``example`` and its K + 1 log-probabilities in nats, the negative's first.
 
-    ``logps`` is empty where there are no anchors.
+    ``logps`` is empty if there are no anchors.
     """
     if row.anchors is None:
         anchors = [tokenizer.decode(ids, skip_special_tokens=True) for ids in example.anchor_ids]

@@ -1,6 +1,6 @@
 """The rooms of the package import downwards only, and no two files import each other.
 
-Run as a script it counts rooms, floors, arrows and circles of a checkout: ``python tests/repository/test_rooms.py [ROOT]``.
+As a script it counts rooms, floors, arrows and circles of a checkout: ``python tests/repository/test_rooms.py [ROOT]``.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def count(root: Path) -> str:
         floors[i] = 1 + max((floors[j] for j in below[i]), default=0)
     named = "; ".join(" <-> ".join(sorted(part)) for part in circles)
     return (
-        f"{len(rooms)} rooms on {max(floors.values())} floors, {len(arrows)} arrows between them, {len(circles)} circles"
+        f"{len(rooms)} rooms on {max(floors.values())} floors, {len(arrows)} arrows between them, "
+        f"{len(circles)} circles"
         f"{f' ({named})' if named else ''}"
     )
 

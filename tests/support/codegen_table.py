@@ -453,7 +453,8 @@ def markdown(rows: list[Row]) -> str:
         "",
         f"Triton {triton.__version__}, torch {torch.__version__}; every configuration that can be chosen by default. "
         "Registers per thread; shared memory of a block, stack frame and spills in bytes (for gfx942, spilled "
-        "registers). Made by `python tests/support/codegen_table.py --markdown FILE`; `tests/kernels/test_codegen.py` checks it.",
+        "registers). Made by `python tests/support/codegen_table.py --markdown FILE`; "
+        "`tests/kernels/test_codegen.py` checks it.",
         "",
         f"| {' | '.join(HEADINGS[:-1])} |",
         f"|{'---|' * 3}{'--:|' * 4}{'---|' * 3}",

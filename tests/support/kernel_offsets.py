@@ -1,7 +1,7 @@
 """Rows so far apart that row x stride passes 2^31 elements, in sparse files.
 
-Interpreted only, since on a GPU the memory would be real: tests/kernels/test_kernel_offsets.py runs this file in a process that
-sees no GPU, and tests/kernels/test_kernels_gpu.py has real sizes.
+Interpreted only, because on a GPU the memory would be real: tests/kernels/test_kernel_offsets.py runs this file in a
+process that sees no GPU. tests/kernels/test_kernels_gpu.py has real sizes.
 """
 
 from __future__ import annotations
