@@ -1,1 +1,1 @@
-"""The training loop, and the files that it writes."""
+"""The training loop and the files that it writes."""

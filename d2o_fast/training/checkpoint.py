@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent, whenever the process is killed.
+"""Checkpoints that are whole or absent, even if the process is killed at any instant.
 
     output_dir/
-      checkpoint-N/                    written as .tmp-checkpoint-N, on the disk, then renamed
+      checkpoint-N/                    written to the disk as .tmp-checkpoint-N, then renamed
         model.safetensors, config.json (or adapter_model.safetensors, adapter_config.json): ``save_pretrained``
         optimizer.pt                   AdamW's state
         rng_state.pth                  dropout's generators, and the metrics since the last log line
         trainer_state.json             ``TrainerState``: position in the data, counters, digests, settings
 
-The schedule and the order of the prompts are functions of the settings and the step: they need no state of their own.
+The schedule and the order of the prompts depend only on the settings and the step, so they need no state.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ PREFIX = "checkpoint-"
 
 @dataclass
 class TrainerState:
-    """Where a run stands; ``trainer_state.json``."""
+    """The progress of a run, saved as ``trainer_state.json``."""
 
     global_step: int = 0
     epoch: float = 0.0
     num_tokens: int = 0  #: tokens of the data so far, as Example.num_tokens counts them
-    digests: dict[str, str] = field(default_factory=dict)  #: of the stores, by "train" and "eval"
-    metrics: dict[str, float] = field(default_factory=dict)  #: the last ones of training and of evaluation
+    digests: dict[str, str] = field(default_factory=dict)  #: digests of the stores, by "train" and "eval"
+    metrics: dict[str, float] = field(default_factory=dict)  #: the last metrics of training and of evaluation
     config: dict[str, Any] = field(default_factory=dict)
     shared: bool | None = None  #: whether prompts are shared; None before the first step
-    window: str | None = (
-        None  #: digest of the anchors that were drawn last (``training/refresh.py``); None: the store's
-    )
+    #: digest of the window of refreshed anchors (``training/refresh.py``); None while the store's anchors are used
+    window: str | None = None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -55,14 +54,14 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | bool | None) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh start. What a killed writer left behind is removed.
+    """The checkpoint to continue from, or None for a fresh start. Removes the leftovers of a killed writer.
 
     Args:
-        resume: a checkpoint's folder, "latest" or True, or nothing.
+        resume: a checkpoint's folder, "latest" or True; None for a fresh start.
 
     Raises:
-        D2OError: nothing to resume from; a folder that is no checkpoint of ``output_dir``, or not its last one; a
-            fresh start into a folder that holds a run.
+        D2OError: there is no checkpoint to resume from; ``resume`` is not the last checkpoint of ``output_dir``; a
+            fresh start would write into a folder that holds a run.
     """
     output_dir = Path(output_dir)
     for leftover in (*output_dir.glob(f"{TEMPORARY}{PREFIX}*"), *output_dir.glob(FINAL)):
@@ -116,10 +115,10 @@ def save_checkpoint(
     extra: dict[str, Any],
     limit: int | None,
 ) -> Path:
-    """Writes ``checkpoint-<state.global_step>`` and then removes the oldest ones beyond ``limit``.
+    """Writes ``checkpoint-<state.global_step>``, then removes the oldest checkpoints beyond ``limit``.
 
     Args:
-        extra: tensors and numbers that go into rng_state.pth beside the generators.
+        extra: tensors and numbers to save in rng_state.pth beside the generators.
     """
     path = Path(output_dir) / f"{PREFIX}{state.global_step}"
     with atomic_folder(path) as folder:
@@ -128,7 +127,7 @@ def save_checkpoint(
         torch.save({**_rng_state(), **extra}, folder / "rng_state.pth")
         (folder / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
     for old in checkpoints(output_dir)[: -limit if limit else 0]:
-        # Renamed first: a kill while its files go must not leave half a checkpoint under a good name.
+        # Renamed first, so that a kill during the removal leaves no half checkpoint under a valid name.
         doomed = old.with_name(f"{TEMPORARY}{old.name}")
         os.rename(old, doomed)
         shutil.rmtree(doomed)
@@ -136,9 +135,10 @@ def save_checkpoint(
 
 
 def load_state(path: Path) -> TrainerState:
-    """
+    """Reads the state of the checkpoint at ``path``.
+
     Raises:
-        D2OError: not a checkpoint of this program.
+        D2OError: ``path`` is not a checkpoint of this program.
     """
     try:
         return TrainerState(**json.loads((path / "trainer_state.json").read_text()))
@@ -147,10 +147,10 @@ def load_state(path: Path) -> TrainerState:
 
 
 def check_unchanged(path: Path, state: TrainerState, config: D2OConfig) -> None:
-    """
+    """Refuses other settings of training than the checkpoint's. The stores' digests cover the settings of the data.
+
     Raises:
-        D2OError: a setting that decides what is trained and how differs from the checkpoint's. The digests of the
-            stores cover the settings of the data.
+        D2OError: a setting that a resumed run keeps differs from the checkpoint's.
     """
     before, now = fixed(state.config), fixed(json.loads(json.dumps(dataclasses.asdict(config))))
     changed = [name for name in before if before[name] != now.get(name)]
@@ -160,7 +160,8 @@ def check_unchanged(path: Path, state: TrainerState, config: D2OConfig) -> None:
 
 
 def check_digest(path: Path, state: TrainerState, name: str, digest: str, source: str) -> None:
-    """
+    """Refuses another store than the checkpoint's.
+
     Raises:
         D2OError: the store at ``source`` is not the one that the checkpoint was trained with.
     """
@@ -172,9 +173,10 @@ def check_digest(path: Path, state: TrainerState, name: str, digest: str, source
 
 
 def check_window(path: Path, state: TrainerState, digest: str) -> None:
-    """
+    """Refuses other refreshed anchors than the checkpoint's.
+
     Raises:
-        D2OError: the anchors that were drawn anew before the checkpoint are not those that are there now.
+        D2OError: the window's anchors on the disk are not the ones that the checkpoint was trained with.
     """
     if state.window != digest:
         raise D2OError(
@@ -184,9 +186,10 @@ def check_window(path: Path, state: TrainerState, digest: str) -> None:
 
 
 def check_sharing(path: Path, state: TrainerState, sharing: Sharing) -> None:
-    """
+    """Refuses a change between shared and separate prompts.
+
     Raises:
-        D2OError: the run shared prompts until now and would not from here on, or the other way round.
+        D2OError: the run shared prompts and would no longer, or the other way round.
     """
     if state.shared is not None and state.shared != sharing.on:
         before = "read each prompt once for all its responses" if state.shared else "read one row per response"

@@ -1,7 +1,7 @@
-"""What a model does on held-out prompts: responses drawn from it, each judged by a function of the user's.
+"""Evaluates a model on held-out prompts: loss, rewards, and responses that the user's function judges.
 
-A judge is any ``judge(prompt: str, response: str)`` that returns a label (``str``), or a score (a number, higher is
-better). If it carries an attribute ``labels``, those are reported even where no response got them.
+A judge is any ``judge(prompt: str, response: str)`` that returns a label (``str``) or a score (a number, higher is
+better). If it has an attribute ``labels``, all of these are reported, even with a share of 0.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Judge = Callable[[str, str], Any]
 def judge_model(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], judge: Judge, config: D2OConfig
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Draws ``judge_num_generations`` responses for each distinct prompt of ``rows`` and has them judged.
+    """Draws ``judge_num_generations`` responses for each distinct prompt of ``rows`` and judges them.
 
-    At most ``judge_max_prompts`` prompts are used, the first ones. The draws follow the model's own distribution at
-    ``temperature`` and ``top_p``, seeded by ``sampling_seed``; the model is left in the mode it was in.
+    It uses the first ``judge_max_prompts`` prompts. The draws follow the model's own distribution at ``temperature``
+    and ``top_p``, seeded by ``sampling_seed``. The model keeps its mode.
 
     Returns:
-        Metrics: for labels, the share of all responses under ``judge/<label>``; for scores, their mean under
-        ``judge/score``. Samples: one dict per response with ``prompt``, ``response`` and ``label`` or ``score``.
+        Metrics: the share of responses under ``judge/<label>``, or the mean score under ``judge/score``. Samples: one
+        dict per response with ``prompt``, ``response`` and ``label`` or ``score``.
 
     Raises:
-        D2OError: no rows, or a judge that returns neither labels nor numbers, or both.
+        D2OError: there are no rows; the judge returns something else than labels or numbers, or both.
     """
     rows = _distinct_prompts(rows, config.judge_max_prompts)
     if not rows:
@@ -74,7 +74,7 @@ def judge_model(
 
 
 def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
-    distinct: dict[str, Row] = {}  # a prompt with two negatives is in two rows
+    distinct: dict[str, Row] = {}  # a prompt with two negatives has two rows
     for row in rows:
         distinct.setdefault(prompt_key(row), row)
         if len(distinct) == most:
@@ -105,14 +105,14 @@ def evaluate_model(
     shared: bool | None = None,
     decoder: nn.Module | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Loss and rewards on scored ``examples``, and the judge's view of ``rows``' prompts if ``config.judge`` is set.
+    """Loss and rewards on scored ``examples``, and verdicts on the prompts of ``rows`` if ``config.judge`` is set.
 
     Args:
-        shared: whether prompts can be read once for all their responses; found out here if not known yet.
-        decoder: the model's, from ``decoder_of``; taken from the model here if not given.
+        shared: whether prompts can be read once for all their responses; found out here if None.
+        decoder: the result of ``decoder_of(model)``; computed here if None.
 
     Returns:
-        ``eval_`` metrics, ``eval_judge/...`` among them; the judged samples, [] without a judge.
+        ``eval_...`` metrics, including ``eval_judge/...``; the judged samples, [] without a judge.
     """
     head, pad = head_of(model), pad_token_id(tokenizer)
     decoder = decoder_of(model) if decoder is None else decoder

@@ -1,6 +1,6 @@
-"""What a run reports: sums kept on the device, means written to ``metrics.jsonl``, TensorBoard and the progress bar.
+"""The metrics of a run: sums on the device, means in ``metrics.jsonl``, TensorBoard and the progress bar.
 
-Names are TRL's. Shapes: S responses, G prompts, K anchors of one prompt.
+The names are TRL's. Shapes: S responses, G prompts, K anchors of one prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = (
 
 
 class PromptMeans:
-    """Means over prompts of everything in ``NAMES``, summed on the device; only ``read`` waits for it."""
+    """Means of ``NAMES`` over prompts. The sums are on the device; only ``read`` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
@@ -42,7 +42,7 @@ class PromptMeans:
 
     @torch.no_grad()
     def add(self, out: D2OOutput, layout: ResponseLayout, num_prompts: int) -> None:
-        """``out.loss`` is a sum over the layout's prompts divided by ``num_prompts``."""
+        """Adds a batch. ``out.loss`` is the sum over the layout's prompts, divided by ``num_prompts``."""
         device = out.logps.device
         is_negative = layout.tensor("is_negative", device)
         num_anchors = layout.tensor("num_anchors", device)[layout.tensor("response_group", device)]
@@ -60,7 +60,7 @@ class PromptMeans:
         self.num_prompts += layout.num_prompts
 
     def read(self) -> dict[str, float]:
-        """The means."""
+        """The means of all batches since the last ``reset``."""
         return dict(zip(NAMES, (self.sums / max(1, self.num_prompts)).tolist(), strict=True))
 
     def reset(self) -> None:
@@ -69,10 +69,10 @@ class PromptMeans:
 
 
 class MetricLog:
-    """``metrics.jsonl`` in ``output_dir``, one object per line with ``step``; TensorBoard if asked for; a progress bar.
+    """``metrics.jsonl`` in ``output_dir`` (an object with ``step`` per line), a progress bar, optionally TensorBoard.
 
     Args:
-        start_step: lines after this step are dropped, so that a resumed run's log has no second version of them.
+        start_step: later lines of an earlier run are removed, because a resumed run writes them again.
     """
 
     def __init__(self, config: D2OConfig, start_step: int, num_steps: int) -> None:
@@ -85,17 +85,17 @@ class MetricLog:
 
             folder = str(Path(config.output_dir) / "tensorboard")
             self.board = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
-        interval = 0.2 if sys.stderr.isatty() else 30.0  # a file of a log needs no ten lines a second
+        interval = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
         self.bar = tqdm(total=num_steps, initial=start_step, desc="train", unit="step", mininterval=interval)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        # NaN is not JSON: only a judge's score could bring one in, and it is written as null.
+        # NaN is not JSON and is written as null. Only a judge's score can be NaN.
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in metrics.items():
-                # TensorBoard's custom: one page per first part of the name
+                # TensorBoard makes one page per first part of the name
                 place = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
                 self.board.add_scalar(place, value, step)
         if "loss" in metrics:
@@ -106,7 +106,7 @@ class MetricLog:
             )
 
     def sync(self) -> None:
-        """Everything written so far is on the disk."""
+        """Forces all lines to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -120,7 +120,7 @@ class MetricLog:
 class TokenRate:
     """Tokens per second since the last ``read``, without the time between ``pause`` and ``go``.
 
-    The device must have finished its work before ``read`` and ``pause``: a step returns long before it is computed.
+    The device must finish its work before ``read`` and ``pause``, because a step returns before it is computed.
     """
 
     def __init__(self) -> None:
@@ -142,10 +142,10 @@ class TokenRate:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``. A last line without its end (the writer was killed) is left out.
+    """The records of a ``metrics.jsonl``, without an incomplete last line (its writer was killed).
 
     Raises:
-        D2OError: another line that is not a record.
+        D2OError: another line is not a record.
     """
     lines = Path(path).read_bytes().splitlines(keepends=True)
     records = []

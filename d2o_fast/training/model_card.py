@@ -1,4 +1,4 @@
-"""The README.md beside a trained model: what was done to it, with what, and how to load it."""
+"""The README.md of a trained model: its data, references, settings and metrics, and how to load it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def model_card(
     """The card's text.
 
     Args:
-        data: what "train" and "eval" data were, in words; "eval" may be missing.
-        path: which path computed the loss.
-        attention: how the transformer attended in training.
-        references: which models scored.
+        data: descriptions of the "train" and "eval" data; "eval" may be missing.
+        path: the path that computed the loss.
+        attention: the attention in training, in words.
+        references: the models that scored, in words.
     """
     name = config.model_name_or_path or "a model built in code"
     header: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "tags": ["d2o", "alignment"]}

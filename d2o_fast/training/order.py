@@ -1,6 +1,6 @@
-"""Which prompts a step takes, and which steps use anchors drawn together: functions of the settings and the step alone.
+"""The prompts of each step, and the windows of steps that use anchors drawn together.
 
-So a run that is continued needs no state of its own for them.
+Both depend only on the settings and the step, so a resumed run needs no state for them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from d2o_fast.config import D2OConfig
 
 
 class PromptOrder:
-    """The order of ``count`` prompts; steps are counted from 0."""
+    """The order of ``count`` prompts. Steps are counted from 0."""
 
     def __init__(self, config: D2OConfig, count: int) -> None:
         self.config, self.count = config, count
         self.prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(count / self.prompts_per_step)
-        self._shuffled: tuple[int, torch.Tensor] | None = None  # the last epoch that was asked for
+        self._shuffled: tuple[int, torch.Tensor] | None = None  # (epoch, order) of the last call
 
     @property
     def num_steps(self) -> int:
@@ -30,7 +30,7 @@ class PromptOrder:
         return math.ceil(self.config.num_train_epochs * self.steps_per_epoch)
 
     def prompts_of(self, step: int) -> list[int]:
-        """Places in the data of the step's prompts; fewer than ``prompts_per_step`` at the end of an epoch."""
+        """Data indices of the step's prompts; fewer than ``prompts_per_step`` at the end of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._shuffled is None or self._shuffled[0] != epoch:
             digest = hashlib.sha256(f"{self.config.seed}/{epoch}".encode()).digest()
@@ -40,19 +40,19 @@ class PromptOrder:
         return self._shuffled[1][first : first + self.prompts_per_step].tolist()
 
     def epoch_of(self, step: int) -> float:
-        """Epochs done before ``step``, 1.5 in the middle of the second."""
+        """Epochs done before ``step``; 1.5 in the middle of the second."""
         full, position = divmod(step, self.steps_per_epoch)
         return full + position * self.prompts_per_step / self.count
 
     def window_of(self, step: int) -> int:
-        """The step before which the anchors of ``step`` are drawn; 0: they are the store's."""
+        """The first step of the window of ``step``. Its anchors are drawn before it; window 0 uses the store's."""
         if not self.config.refresh_every:
             return 0
         unit = self.steps_per_epoch if self.config.refresh_strategy == "epoch" else 1
         return step - step % (self.config.refresh_every * unit)
 
     def prompts_of_window(self, start: int) -> list[int]:
-        """Places in the data of all prompts in the window that begins at step ``start``, ascending."""
+        """Data indices of all prompts in the window that begins at step ``start``, ascending."""
         prompts: set[int] = set()
         for step in range(start, self.num_steps):
             if self.window_of(step) != start or len(prompts) == self.count:

@@ -1,12 +1,12 @@
-"""Online D2O: anchors drawn anew from the policy as it is, which becomes their reference.
+"""Online D2O: draws new anchors from the current policy, which becomes their reference.
 
-Every ``refresh_every`` steps a window of training begins. For the prompts of its steps, and no others, K anchors are
-drawn from the policy at that moment and scored under it: log ref- of these anchors. The negatives keep the score that
-they have in the store, log ref+. The first window is the store's: there the policy is the initial model.
+A window of training begins every ``refresh_every`` steps or epochs. The policy at that moment draws K anchors for each
+prompt of the window and scores them: log ref- of these anchors. The negatives keep their score in the store, log ref+.
+The first window uses the store's anchors, because the policy is then the initial model.
 
-What was drawn is kept in ``<output_dir>/refreshed/step-N`` (files as in ``anchors/shards.py``), since a run that is resumed in
-the middle of a window has the policy that drew it no more. Draws are seeded by ``sampling_seed``, the step and the
-batch, so that a run that is resumed at a window's beginning, or before it, draws the same ones again.
+The anchors are kept in ``<output_dir>/refreshed/step-N`` (files as in ``anchors/shards.py``), because a run resumed in
+the middle of a window no longer has the policy that drew them. ``sampling_seed``, the step and the shard seed the
+draws, so a run resumed at or before the beginning of a window draws the same anchors again.
 
 K anchors of one prompt.
 """
@@ -42,10 +42,11 @@ logger = logging.getLogger("d2o_fast")
 
 
 class RefreshedAnchors:
-    """The anchors of one window's prompts, but for those that lost all of them to the filters.
+    """The anchors of one window's prompts, without the prompts that lost all anchors to the filters.
 
     Args:
-        places: the prompts' places in the data, in the order of the window's store.
+        indices: the data indices of the prompts, in the order of ``store``.
+        store: the window's store.
     """
 
     def __init__(self, indices: Sequence[int], store: AnchorStore) -> None:
@@ -57,11 +58,11 @@ class RefreshedAnchors:
         return place in self._index
 
     def example(self, place: int) -> Example:
-        """The prompt at ``place`` of the data with its negative, its fresh anchors and their scores."""
+        """The prompt at index ``place`` of the data with its negative, its new anchors and the scores."""
         return self._examples[self._index[place]]
 
     def metrics(self) -> dict[str, float]:
-        """Anchors, their mean length in tokens and mean log-probability in nats: ``refresh/...``."""
+        """``refresh/...``: number of anchors, mean length in tokens, mean log-probability in nats."""
         lengths = [len(ids) for example in self._examples for ids in example.anchor_ids]
         logps = [logp for example in self._examples for logp in example.ref_logps[1:]]
         count = max(1, len(lengths))
@@ -73,12 +74,13 @@ class RefreshedAnchors:
 
 
 class Refresher:
-    """Draws windows and finds them again.
+    """Draws the anchors of windows, loads them and removes old ones.
 
     Args:
-        model: the policy that is being trained; its adapter, if it has one, stays active.
-        rows: the training data; ``examples``: the same as ``store`` has them.
-        shared: whether prompts can be read once for all their responses where dropout is off.
+        model: the policy in training; an adapter stays active.
+        rows: the training data.
+        examples: the rows as token ids, with the scores of ``store``.
+        shared: whether prompts can be read once for all their responses if dropout is off.
     """
 
     def __init__(
@@ -99,10 +101,10 @@ class Refresher:
         self.drawer = Drawer(model, tokenizer, config, store.fingerprint["stop_token_ids"])
 
     def draw(self, step: int) -> RefreshedAnchors:
-        """Draws and scores the anchors of the window that begins at ``step`` under the policy as it is now.
+        """Draws and scores the anchors of the window that begins at ``step`` under the current policy.
 
         Raises:
-            D2OError: a score that is not finite; no prompt keeps any anchor.
+            D2OError: a score is not finite; no prompt keeps any anchor.
         """
         indices, size = self._indices(step), self.config.sampling_batch_size
         with atomic_folder(self.folder / f"step-{step}") as folder:
@@ -120,19 +122,19 @@ class Refresher:
         """The window that ``draw`` made at ``step``.
 
         Raises:
-            D2OError: it is missing or damaged.
+            D2OError: the window is missing or damaged.
         """
         return RefreshedAnchors(self._indices(step), AnchorStore.open(self.folder / f"step-{step}"))
 
     def keep(self, steps: Iterable[int]) -> None:
-        """Removes every window but those of ``steps``, and what a killed writer left."""
+        """Removes all windows except those that begin at ``steps``, and the leftovers of a killed writer."""
         names = {f"step-{step}" for step in steps}
         for path in self.folder.glob("*step-*"):
             if path.name not in names:
                 shutil.rmtree(path)
 
     def _indices(self, step: int) -> list[int]:
-        """The window's prompts, but for those that brought anchors of their own: they keep them."""
+        """Data indices of the window's prompts, without prompts whose anchors came with the data."""
         return [i for i in self.order.prompts_of_window(step) if self.rows[i].anchors is None]
 
     def _drawn(self, step: int, shard: int, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -166,7 +168,7 @@ class Refresher:
 
 
 def _content_digest(folder: Path) -> str:
-    """Of the shards' own digests: other anchors or scores have another one."""
+    """SHA-256 of the shards' digests, which differs for other anchors or scores."""
     count = len(list(folder.glob("shard-*.parquet")))
     digests = [(folder / f"{shard_name(i)}.sha256").read_bytes() for i in range(count)]
     return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,4 +1,4 @@
-"""The parts of a training step: a batch through model and loss, held-out metrics, the optimizer and its schedule.
+"""The parts of a training step: the loss of a batch, the optimizer and its schedule.
 
 Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one prompt.
 """
@@ -30,10 +30,10 @@ def batch_loss(
     num_prompts: int,
     shared: bool = False,
 ) -> tuple[D2OOutput, ResponseLayout]:
-    """D2O of ``examples``: their losses' sum over ``num_prompts``, and the layout of their S responses.
+    """D2O of ``examples`` (the sum of their losses divided by ``num_prompts``), and the layout of their S responses.
 
     Args:
-        shared: each prompt is read once for all its responses; ``forward/sharing.py`` says for which models.
+        shared: read each prompt once for all its responses; ``forward/sharing.py`` decides for which models.
     """
     device = head.weight.device
     batch = (pack_shared(examples) if shared else pack(examples, pad)).to(device)
@@ -55,7 +55,7 @@ def batch_loss(
 
 
 def schedule(step: int, num_steps: int, kind: str, warmup: int) -> float:
-    """Factor on the learning rate at ``step`` (from 0) with ``warmup`` steps, as transformers' schedulers have it."""
+    """Factor on the learning rate at ``step`` (from 0) with ``warmup`` steps, as in transformers' schedulers."""
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)
@@ -67,7 +67,7 @@ def schedule(step: int, num_steps: int, kind: str, warmup: int) -> float:
 
 
 def adamw(model: nn.Module, config: D2OConfig) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; weight decay on matrices alone, not on norms and biases."""
+    """AdamW over all parameters that require a gradient. Weight decay applies to matrices, not to norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

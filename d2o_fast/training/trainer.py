@@ -1,7 +1,7 @@
 """The training loop: packed prompts -> hidden states of a Hugging Face model -> the fused loss -> AdamW.
 
 One step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, each with its negative and its K
-anchors. Nothing in it waits for the device: metrics are summed there and read every ``logging_steps``.
+anchors. A step does not wait for the device: metrics are summed there and read every ``logging_steps``.
 
 Shapes: N response tokens, H hidden, S responses, G prompts, K anchors of one prompt.
 """
@@ -49,7 +49,7 @@ Callback = Callable[["D2OTrainer", str, dict[str, float]], None]
 
 
 class TrainResult(NamedTuple):
-    """What ``D2OTrainer.train`` returns: optimizer steps done, and the last metrics of training and evaluation."""
+    """The result of ``D2OTrainer.train``: optimizer steps done, and the last metrics of training and evaluation."""
 
     global_step: int
     metrics: dict[str, float]
@@ -59,14 +59,14 @@ class D2OTrainer:
     """Trains a causal language model away from its negatives while its own anchors hold it in place.
 
     Args:
-        model: a local folder or hub name (an adapter's too), a model of transformers or a PeftModel. Its weights become
-            fp32. What it is now draws the anchors, and scores unless ``args`` names other references.
+        model: a local folder or hub name (of a model or an adapter), a model of transformers or a PeftModel. Its
+            weights become fp32. In its initial state it draws the anchors, and scores unless ``args`` names references.
         args: all settings.
-        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data/reading.py``), whose
-            anchors are drawn and scored before training, under ``args.anchors_dir``; or an ``AnchorStore``.
+        train_dataset: negatives as a list of dicts or ``Row`` or a ``datasets.Dataset`` (columns: ``data/formats.py``);
+            their anchors are drawn and scored before training, under ``args.anchors_dir``. Or an ``AnchorStore``.
         eval_dataset: held-out data in the same forms.
-        processing_class: the tokenizer; by default the one beside the model.
-        peft_config: a LoraConfig; with ``args.use_peft`` alone, one is made from ``args.lora_*``.
+        processing_class: the tokenizer; the model folder's if None.
+        peft_config: a LoraConfig; if None and ``args.use_peft``, it is made from ``args.lora_*``.
         callbacks: functions ``callback(trainer, event, metrics)``, called after each "log", "evaluate", "refresh",
             "save" and "train_end".
     """
@@ -100,35 +100,33 @@ class D2OTrainer:
         self.examples: dict[str, Sequence[Example]] = {}
         self.callbacks = list(callbacks or [])
         self.state = ckpt.TrainerState(config=dataclasses.asdict(self.args))
-        self.loss_path: str | None = None  #: which path computed the loss: "torch" or "triton"
+        self.loss_path: str | None = None  #: the path that computed the loss: "torch" or "triton"
         self.sharing = Sharing(False, "not run")  #: whether prompts are shared, and which attention runs
-        self.eval_shared: bool | None = None  #: the same for evaluation, where dropout is off; None before the first
-        self.window: RefreshedAnchors | None = (
-            None  #: the policy's own anchors for the current steps; None: the store's
-        )
+        self.eval_shared: bool | None = None  #: the same in evaluation, without dropout; None before the first one
+        self.window: RefreshedAnchors | None = None  #: the current window's anchors; None: the store's
         # ``train`` sets these before the first step:
-        self.order: PromptOrder  #: which prompts a step takes
-        self.parameters: list[torch.nn.Parameter]  #: all that require a gradient
+        self.order: PromptOrder  #: the prompts of each step
+        self.parameters: list[torch.nn.Parameter]  #: all parameters that require a gradient
         self.optimizer: torch.optim.Optimizer
         self.refresher: Refresher  #: only with ``args.refresh_every``
         self.means: PromptMeans  #: sums since the last log line
         self.log: MetricLog
-        self.bad_step: torch.Tensor  #: () the first step whose loss or gradient is not finite; -1: none
+        self.bad_step: torch.Tensor  #: scalar: the first step whose loss or gradient is not finite, or -1
 
     # --- Training --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainResult:
         """Trains to the end and writes the model, its card and the settings into ``args.output_dir``.
 
-        The global random generators are left as they were.
+        The global random generators keep their states.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or "latest" / True; ``args.resume_from_checkpoint`` if not
-                given. The run continues as if it had never stopped.
+            resume_from_checkpoint: a checkpoint's folder, or "latest" / True; ``args.resume_from_checkpoint`` if None.
+                The run continues as if it had never stopped.
 
         Raises:
-            D2OError: a used ``output_dir``, or one in which another process trains; a checkpoint or store that does not
-                fit; a loss that is not finite.
+            D2OError: ``output_dir`` holds a run, or another process trains in it; a checkpoint or store does not fit; a
+                loss is not finite.
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         folder = Path(self.args.output_dir)
@@ -165,7 +163,7 @@ class D2OTrainer:
             state.shared = self.sharing.on
             self._prepare_refresh(path)
         if args.gradient_checkpointing:
-            base = base_of(self.model)  # the first name is the newer one; the second will go from transformers
+            base = base_of(self.model)  # transformers will remove the second, older name
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model.train()
@@ -184,7 +182,7 @@ class D2OTrainer:
             self.model.eval()
 
     def _step(self) -> tuple[torch.Tensor, float, int]:
-        """One update; (gradient norm before clipping, learning rate, tokens), without waiting for the device."""
+        """One update. Returns (gradient norm before clipping, learning rate, tokens) without waiting for the device."""
         args, state = self.args, self.state
         examples = [self._example(i) for i in self.order.prompts_of(state.global_step)]
         steps = self.order.num_steps
@@ -200,7 +198,7 @@ class D2OTrainer:
             out.loss.backward()
             self.means.add(out, layout, len(examples))
             finite &= out.loss.detach().isfinite()
-        # max_grad_norm = 0 means no clipping; the norm is reported all the same.
+        # max_grad_norm = 0 means no clipping; the norm is still reported.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm or math.inf)
         bad = ~(finite & grad_norm.isfinite())
         self.bad_step = torch.where((self.bad_step < 0) & bad, state.global_step, self.bad_step)
@@ -240,7 +238,7 @@ class D2OTrainer:
         self.log.bar.update()
 
     def _refuse_non_finite(self) -> None:
-        """Waits for the device. Called before anything is logged, evaluated or saved."""
+        """Raises D2OError if a step was not finite. Waits for the device; called before any log, evaluation or save."""
         step = int(self.bad_step.item())
         if step < 0:
             return
@@ -250,14 +248,14 @@ class D2OTrainer:
             "written since. Lower learning_rate, or look at these prompts"
         )
 
-    # --- Anchors drawn anew ----------------------------------------------------------------------------------------
+    # --- Refreshed anchors -----------------------------------------------------------------------------------------
 
     def _example(self, i: int) -> Example:
         fresh = self.window is not None and i in self.window
         return self.window.example(i) if fresh else self.examples["train"][i]  # type: ignore[union-attr]
 
     def _prepare_refresh(self, path: Path | None) -> None:
-        """What earlier runs left is removed, but for the window that the checkpoint at ``path`` stands in."""
+        """Removes the windows of earlier runs, and loads the one that the checkpoint at ``path`` is in."""
         if not self.args.refresh_every:
             return
         examples, rows = self.examples["train"], self.rows["train"]
@@ -276,7 +274,7 @@ class D2OTrainer:
         ckpt.check_window(path, self.state, self.window.digest)
 
     def _refresh(self, rate: TokenRate) -> None:
-        """Draws anchors if a window begins with the step that comes."""
+        """Draws anchors if the next step begins a window."""
         step = self.state.global_step
         if not step or self.order.window_of(step) != step:
             return
@@ -285,7 +283,7 @@ class D2OTrainer:
         started = time.perf_counter()
         self.window = self.refresher.draw(step)
         self.state.window = self.window.digest
-        # Under the step that comes: a run that is resumed here draws again, and says so again.
+        # Logged under the next step: a run resumed here draws again, and logs it again.
         self._report("refresh", {**self.window.metrics(), "refresh/seconds": time.perf_counter() - started}, step + 1)
         rate.go()
 
@@ -314,7 +312,7 @@ class D2OTrainer:
     # --- Evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and rewards on ``eval_dataset``, ``eval_judge/...`` where ``args.judge`` is set.
+        """Loss and rewards on ``eval_dataset``, and ``eval_judge/...`` if ``args.judge`` is set.
 
         Raises:
             D2OError: there is no eval_dataset.
@@ -347,9 +345,9 @@ class D2OTrainer:
     # --- Files -----------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: str | Path) -> None:
-        """Weights in fp32 (of a PeftModel its adapter alone), tokenizer, model card and ``d2o_config.yaml``.
+        """Writes weights in fp32 (only the adapter of a PeftModel), tokenizer, model card and ``d2o_config.yaml``.
 
-        Every file is written elsewhere first and moved into its place whole.
+        Every file is written elsewhere first, then moved into place whole.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -406,9 +404,10 @@ def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
 
 
 def refuse_many_processes() -> None:
-    """
+    """Refuses to run as one of several processes.
+
     Raises:
-        D2OError: started by ``torchrun`` or the like with more than one process.
+        D2OError: ``torchrun`` or a similar launcher started more than one process.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size > 1:
