@@ -1,6 +1,6 @@
-"""What a user types after ``d2o COMMAND``, and the settings file, as values.
+"""Reads the arguments of ``d2o COMMAND`` and the settings file.
 
-A flag of a setting reads its value as the file does. Both are checked where Python's are: in ``D2OConfig``.
+The value of a flag is read as YAML, like the file's. ``d2o_fast/config.py`` checks both, as it checks Python's.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, checked
 from d2o_fast.errors import D2OError, refusal
 
 COMMANDS = {
-    "demo": "align a small model from start to finish and show what it did",
+    "demo": "align a small model from start to finish and show the result",
     "sample": "draw K anchors per prompt and score them and the negatives",
-    "anchors": "inspect the anchors that were made, or export them for other trainers",
-    "train": "train a model away from its negatives (samples first what is missing)",
-    "eval": "held-out loss, rewards and judge: the initial model beside the trained one",
-    "doctor": "what this machine has, which paths will run, and why not the others",
+    "anchors": "inspect the stored anchors, or export them for other trainers",
+    "train": "train a model away from its negatives (samples missing anchors first)",
+    "eval": "compare the initial and the trained model on held-out data: loss, rewards, judge",
+    "doctor": "show this machine's devices and software, and which paths run on them",
 }
 _FILE = {"--config": {"metavar": "FILE", "help": "the settings file; it may also come first, without --config"}}
-#: the arguments of each command; those with --config take every setting as a flag too
+#: the arguments of each command; a command with --config also takes every setting as a flag
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
-        "--output_dir": {"type": Path, "default": Path("runs/demo"), "help": "folder for its files"},
-        "--seed": {"type": int, "default": 1, "help": "decides everything that is random"},
-        "--quick": {"action": "store_true", "help": "a few seconds, to see that it runs; the model learns little"},
+        "--output_dir": {"type": Path, "default": Path("runs/demo"), "help": "folder of the demo's files"},
+        "--seed": {"type": int, "default": 1, "help": "seed of all randomness"},
+        "--quick": {"action": "store_true", "help": "check in seconds that the demo runs; the model learns little"},
     },
     "sample": {
         **_FILE,
-        "--dry-run": {"action": "store_true", "help": "say how the data were understood, and stop"},
+        "--dry-run": {"action": "store_true", "help": "print a summary of the data and stop"},
     },
     "anchors": {
         "action": {
             "choices": ["inspect", "export"],
             "help": "inspect: counts, lengths, duplicates, samples; export: prompt, chosen, rejected of each anchor",
         },
-        "folder": {"type": Path, "help": "a store (<output_dir>/anchors/train), or, to inspect, the folder above it"},
-        "out": {"type": Path, "nargs": "?", "help": "the .jsonl file that an export writes"},
+        "folder": {"type": Path, "help": "a store (<output_dir>/anchors/train); inspect also takes its parent"},
+        "out": {"type": Path, "nargs": "?", "help": "the .jsonl file to export to"},
     },
     "train": _FILE,
     "eval": {**_FILE, "--eval_model": {"help": "folder of the trained model; output_dir if not given"}},
-    "doctor": {"--json": {"action": "store_true", "help": "one JSON object in place of the table"}},
+    "doctor": {"--json": {"action": "store_true", "help": "print one JSON object instead of the table"}},
 }
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of ``ARGUMENTS``, and the settings that the file and the flags give.
+    """(options of ``ARGUMENTS``, settings of the file and the flags). Flags win over the file.
 
     Raises:
-        D2OError: an unknown name, a value that a setting does not take, a file that cannot be read.
+        D2OError: a name is unknown, a setting does not take a value, the file cannot be read.
     """
     from jsonargparse import ArgumentError
 
@@ -81,7 +81,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[
 
 
 def parser(command: str) -> Any:
-    """The parser of one command, settings with their help, allowed values and default."""
+    """The parser of one command. Its help shows each setting's help, allowed values and default."""
     from jsonargparse import ArgumentParser
 
     own = ARGUMENTS[command]
@@ -103,7 +103,7 @@ def parser(command: str) -> Any:
 
 
 def _flag_value(name: str, text: str) -> Any:
-    """``text`` as the settings file would have it; where a setting takes any text, as it is."""
+    """``text`` read as YAML; unchanged if the setting takes any text."""
     kinds = get_args(KINDS[name]) or (KINDS[name],)
     is_list = text.startswith("[") and text.endswith("]") and list[str] in kinds
     if str in kinds and not is_list and not (text == "null" and NoneType in kinds):
@@ -115,17 +115,17 @@ def _flag_value(name: str, text: str) -> Any:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """``value``, checked; a whole number is a float where the setting is one."""
+    """``value``, checked. An integer becomes a float if the setting is a float."""
     found = checked(name, value)
     return float(found) if type(found) is int and float in (KINDS[name], *get_args(KINDS[name])) else found
 
 
 def read_file(name: str) -> dict[str, Any]:
-    """The settings in a YAML file, each checked by itself.
+    """The settings in a YAML file, each checked alone.
 
     Raises:
-        D2OError: it cannot be read or is not YAML; a name that is unknown or there twice; a value that its setting does
-            not take.
+        D2OError: the file cannot be read or is not YAML; a name is unknown or set twice; a setting does not take its
+            value.
     """
     try:
         settings = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_Loader)
@@ -149,7 +149,7 @@ def read_file(name: str) -> dict[str, Any]:
 
 
 def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """The end of a message: what to write in place of ``name``, the one of ``names`` that was probably meant."""
+    """The end of a message: the replacement of an old ``name``, or the nearest of ``names``; may be empty."""
     if name in RENAMED:
         return f", a name of older versions; {RENAMED[name]}"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -157,11 +157,11 @@ def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 class _TwiceError(Exception):
-    """A key that a mapping has twice, in words."""
+    """A mapping has a key twice. The message names it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, which YAML 1.1 takes for a text, and refuses a key that is there twice."""
+    """Reads 1e-5 as a number, unlike YAML 1.1, and refuses a repeated key."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""A setting as a dataclass field with its help and rules, and the check of a value against its type and rules."""
+"""Settings as dataclass fields with help and rules. Checks values against their types and rules."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 
     Args:
         rules: ``min``, ``above``, ``max``, ``below`` bound a number, which is always finite. ``needs`` names another
-            setting; while that one is not set, this one decides nothing. ``fixed``: a resumed run keeps it.
-            ``fingerprint``: stored anchors depend on it. ``filter``: it decides which draws become anchors.
+            setting, without which this one has no effect. ``fixed``: a resumed run keeps it. ``fingerprint``: stored
+            anchors depend on it. ``filter``: it decides which draws become anchors.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **rules})
@@ -30,7 +30,7 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 def read(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
     """``value`` as a setting of the type ``kind`` keeps it, or ``MISFIT``.
 
-    A list for a tuple, a plain number for numpy's, a text for a path; an integer stays one where a float may be.
+    A tuple becomes a list, a numpy number a plain one, a path a text. An integer for a float stays an integer.
     """
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()

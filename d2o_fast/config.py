@@ -1,7 +1,6 @@
-"""Every setting of a run, described once: ``d2o sample``, ``d2o train`` and ``d2o eval`` read the same YAML file.
+"""All settings of a run. ``d2o sample``, ``d2o train`` and ``d2o eval`` read them from the same YAML file.
 
-The metadata of a field holds its help and its rules. Checks, ``--help``, the settings that a resumed run keeps and the
-settings of a fingerprint are all read from there.
+The metadata of a field holds its help and its rules. Checks, ``--help``, resumed runs and fingerprints use them.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from d2o_fast.errors import D2OError, refusal
 
 @dataclass
 class D2OConfig:
-    """Settings under the names that TRL and transformers use. ``K`` is ``num_generations``.
+    """Settings with the names of TRL and transformers. ``K`` is ``num_generations``.
 
-    A step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts. How they go through the model
-    (``shared_prefix``, ``tokens_per_micro_batch``, ``gradient_checkpointing``) changes results in their rounding alone.
-    A prompt longer than ``tokens_per_micro_batch``, its responses included, goes alone.
+    A step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts. ``shared_prefix``,
+    ``tokens_per_micro_batch`` and ``gradient_checkpointing`` change results only by rounding. A prompt that is longer
+    than ``tokens_per_micro_batch`` with its responses is a micro-batch of its own.
 
-    ``alpha``, ``beta`` and ``num_generations`` default to the paper's values; the learning rate, schedule, lengths and
-    batch sizes were not stated there and are our choices.
+    ``alpha``, ``beta`` and ``num_generations`` default to the paper's values. The paper does not state the learning
+    rate, schedule, lengths and batch sizes; these defaults are our choices.
 
     Raises:
-        D2OError: a value of another type or outside its range, or two settings that contradict each other.
+        D2OError: a value has another type or is outside its range, or two settings contradict each other.
     """
 
     # Model
@@ -39,7 +38,7 @@ class D2OConfig:
     )
     attn_implementation: str | None = setting(None, 'passed to transformers, e.g. "sdpa" or "flash_attention_2"')
     shared_prefix: Literal["auto"] | bool = setting(
-        "auto", "one pass per prompt for all its responses; auto: where it is exact"
+        "auto", "one pass per prompt for all its responses; auto: if it is exact"
     )
     use_liger_kernel: bool = setting(False, "liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
     chat_template_path: str | None = setting(None, "a Jinja file that replaces the tokenizer's template")
@@ -53,64 +52,63 @@ class D2OConfig:
     eval_fraction: float = setting(
         0.0, "share of the prompts held out when there is no eval_dataset_name", min=0, below=1
     )
-    max_length: int = setting(1024, "tokens of prompt + response", min=2, fingerprint=True)
+    max_length: int = setting(1024, "most tokens of prompt + response", min=2, fingerprint=True)
     max_completion_length: int = setting(
-        256, "tokens of a response; longer ones lose their end", min=1, fingerprint=True
+        256, "most tokens of a response; longer ones are cut at the end", min=1, fingerprint=True
     )
     truncation_mode: Literal["keep_start", "keep_end"] = setting(
         "keep_start",
-        "of a prompt and a response that exceed max_length; keep_start: the response loses its end, as in TRL; keep_end: "
-        "the prompt loses its start, beyond max_length - max_completion_length tokens",
+        "the part to keep of a prompt and a response longer than max_length; keep_start: the response loses its end; "
+        "keep_end: the prompt loses its start, beyond max_length - max_completion_length tokens",
         fingerprint=True,
     )
 
     # Anchors and references
-    anchors_dir: str | None = setting(
-        None, "where anchors and reference scores are kept; <output_dir>/anchors if not given"
-    )
+    anchors_dir: str | None = setting(None, "folder of anchors and reference scores; <output_dir>/anchors if not given")
     num_generations: int = setting(11, "K, anchors per prompt", min=1, fingerprint=True)
-    temperature: float = setting(1.0, "of the draws; 1 is the model's own distribution", above=0, fingerprint=True)
+    temperature: float = setting(
+        1.0, "temperature of the draws; 1: the model's own distribution", above=0, fingerprint=True
+    )
     top_p: float = setting(
         1.0, "draws come from the likeliest tokens of this total probability", above=0, max=1, fingerprint=True
     )
-    sampling_seed: int = setting(0, "seeds the anchors and nothing else", min=0, fingerprint=True)
+    sampling_seed: int = setting(0, "seed of the draws: anchors and judged responses", min=0, fingerprint=True)
     sampling_batch_size: int = setting(
-        16, "prompts per shard, each of which is drawn and scored together", min=1, fingerprint=True
+        16, "prompts per shard; a shard is drawn and scored together", min=1, fingerprint=True
     )
     sampling_instruction: str | None = setting(
-        None, "a system message or a text with {prompt}, only while anchors are drawn", fingerprint=True
+        None, "a system message, or a text with {prompt}, used only to draw anchors", fingerprint=True
     )
     server_url: str | None = setting(
-        None, "anchors are drawn there over HTTP (vLLM, SGLang), e.g. http://localhost:8000/v1"
+        None, "address of a server that draws the anchors (vLLM, SGLang), e.g. http://localhost:8000/v1"
     )
     server_model: str | None = setting(
-        None, "name under which the server serves the model; model_name_or_path if not given", needs="server_url"
+        None, "the server's name for the model; model_name_or_path if not given", needs="server_url"
     )
-    server_concurrency: int = setting(16, "prompts under way at a time", min=1)
-    server_timeout: float = setting(600.0, "seconds for one request", above=0)
+    server_concurrency: int = setting(16, "prompts at the server at a time", min=1)
+    server_timeout: float = setting(600.0, "most seconds for one request", above=0)
     ref_model_neg: str | None = setting(
         None, "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given"
     )
-    ref_model_pos: str | None = setting(None, "the same for negatives: pi_r+")
+    ref_model_pos: str | None = setting(None, "the same for negatives (pi_r+)")
 
-    # Which draws become anchors (all of them, if nothing is set here)
+    # Filters of draws; all are off by default
     num_draws: int | None = setting(
         None,
-        "responses drawn per prompt, of which K at most are kept; K if not given",
+        "responses drawn per prompt, of which at most K are kept; K if not given",
         min=1,
         fingerprint=True,
         filter=True,
     )
     drop_anchors: list[Literal["duplicate", "empty", "truncated"]] = setting(
         [],
-        "anchors to drop; duplicate: of equal ones the first stays, empty: a stop token alone, truncated: ended by its "
-        "length",
+        "kinds of anchors to drop; duplicate: repeats an earlier one, empty: only a stop token, truncated: without one",
         fingerprint=True,
         filter=True,
     )
     max_anchor_overlap: float | None = setting(
         None,
-        "most tokens in common with the negative, over the tokens in either",
+        "largest overlap with the negative: tokens in common over tokens in either",
         min=0,
         below=1,
         fingerprint=True,
@@ -128,7 +126,7 @@ class D2OConfig:
 
     # Online
     refresh_every: int = setting(
-        0, "the policy, then their reference, draws new anchors this often; 0: they stay", min=0, fixed=True
+        0, "period after which the policy draws new anchors and becomes their reference; 0: never", min=0, fixed=True
     )
     refresh_strategy: Literal["steps", "epoch"] = setting("steps", "the unit of refresh_every", fixed=True)
 
@@ -139,34 +137,36 @@ class D2OConfig:
 
     # Training
     output_dir: str = setting("runs/d2o", "folder of the trained model, checkpoints and logs")
-    learning_rate: float = setting(1e-6, "of AdamW, after the warm-up", min=0, fixed=True)
+    learning_rate: float = setting(1e-6, "learning rate of AdamW after the warm-up", min=0, fixed=True)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "course of the learning rate after the warm-up", fixed=True
+        "linear", "schedule of the learning rate after the warm-up", fixed=True
     )
     warmup_steps: float = setting(
-        0.1, "steps in which the learning rate rises from 0; below 1: their share of all steps", min=0, fixed=True
+        0.1, "steps over which the learning rate rises from 0; below 1: a share of all steps", min=0, fixed=True
     )
     warmup_ratio: float | None = setting(None, "older name of warmup_steps as a share", min=0, max=1, fixed=True)
-    weight_decay: float = setting(0.0, "of AdamW, on matrices alone", min=0, fixed=True)
+    weight_decay: float = setting(0.0, "weight decay of AdamW, only on matrices", min=0, fixed=True)
     adam_beta1: float = setting(0.9, "decay of AdamW's mean of gradients", min=0, below=1, fixed=True)
     adam_beta2: float = setting(0.999, "decay of AdamW's mean of their squares", min=0, below=1, fixed=True)
     adam_epsilon: float = setting(1e-8, "added to AdamW's denominator", min=0, fixed=True)
-    max_grad_norm: float = setting(1.0, "longer gradients are cut to this norm; 0: none is", min=0, fixed=True)
-    num_train_epochs: float = setting(1.0, "times that every prompt is taken, on average", fixed=True)
-    max_steps: int = setting(-1, "steps in place of num_train_epochs; -1: those epochs", min=-1, fixed=True)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: no clipping", min=0, fixed=True)
+    num_train_epochs: float = setting(1.0, "passes over the prompts", fixed=True)
+    max_steps: int = setting(
+        -1, "number of steps, in place of num_train_epochs; -1: use num_train_epochs", min=-1, fixed=True
+    )
     per_device_train_batch_size: int = setting(
         4, "prompts per micro-batch, each with its K + 1 responses", min=1, fixed=True
     )
-    per_device_eval_batch_size: int = setting(4, "the same without gradients: in evaluation", min=1)
+    per_device_eval_batch_size: int = setting(4, "prompts per batch in evaluation", min=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", min=1, fixed=True)
     tokens_per_micro_batch: int | None = setting(
-        None, "most tokens at once, in place of per_device_train_batch_size prompts", min=1
+        None, "most tokens per micro-batch, in place of per_device_train_batch_size prompts", min=1
     )
-    gradient_checkpointing: bool = setting(False, "compute activations twice and keep fewer in memory")
-    seed: int = setting(42, "order of the prompts and dropout", min=0, fixed=True)
+    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory")
+    seed: int = setting(42, "seed of the order of prompts and of dropout", min=0, fixed=True)
 
     # LoRA
-    use_peft: bool = setting(False, "train a LoRA adapter in place of all weights", fixed=True)
+    use_peft: bool = setting(False, "train a LoRA adapter instead of all weights", fixed=True)
     lora_r: int = setting(16, "rank of the adapter", min=1, needs="use_peft", fixed=True)
     lora_alpha: int = setting(32, "scale of the adapter, over its rank", min=1, needs="use_peft", fixed=True)
     lora_dropout: float = setting(0.0, "dropout before the adapter", min=0, below=1, needs="use_peft", fixed=True)
@@ -175,15 +175,15 @@ class D2OConfig:
     )
 
     # Evaluation, logging, checkpoints
-    eval_steps: int = setting(0, "steps between evaluations; 0: one at the end", min=0)
+    eval_steps: int = setting(0, "steps between evaluations; 0: only one at the end", min=0)
     judge: str | None = setting(
         None, '"package.module:function" with judge(prompt, response) -> label (str) or score (float)'
     )
     judge_num_generations: int = setting(1, "responses drawn per held-out prompt for the judge", min=1)
-    judge_max_prompts: int = setting(256, "held-out prompts that the judge sees, at most", min=1)
+    judge_max_prompts: int = setting(256, "most held-out prompts for the judge", min=1)
     logging_steps: int = setting(1, "steps between two lines of metrics", min=1)
     save_steps: int = setting(500, "steps between checkpoints", min=1)
-    save_total_limit: int | None = setting(None, "checkpoints kept, the newest; all if not given", min=1)
+    save_total_limit: int | None = setting(None, "newest checkpoints to keep; all if not given", min=1)
     resume_from_checkpoint: str | None = setting(None, 'a checkpoint folder, or "latest"')
     report_to: str | list[str] = setting([], '"tensorboard" or "none"; metrics.jsonl is always written')
 
@@ -209,7 +209,7 @@ class D2OConfig:
                 raise refusal(name, getattr(self, name), wanted)
 
     def _relations(self) -> list[tuple[bool, str, str]]:
-        """(whether it holds, the setting to name, the values that it may have) of every rule for two settings."""
+        """(whether the rule holds, the setting to name, its allowed values) of every rule for two settings."""
         epochs = self.max_steps == -1
         share = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
         one = self.warmup_ratio in (None, self.warmup_steps) or self.warmup_steps == DEFAULTS["warmup_steps"]
@@ -255,7 +255,7 @@ DEFAULTS = {
     name: found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
     for name, found in FIELDS.items()
 }
-#: settings of older versions, and what to write in their place
+#: settings of older versions, each with its replacement
 RENAMED = {
     "drop_duplicate_anchors": "write 'drop_anchors: [duplicate]'",
     "drop_empty_anchors": "write 'drop_anchors: [empty]'",
@@ -271,7 +271,7 @@ def having(rule: str) -> dict[str, Any]:
 
 
 def fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``settings``, a version's of any age, that a resumed run keeps: each meaning in one form."""
+    """The ``settings`` that a resumed run keeps, in one form for all versions that wrote them."""
     needs = having("needs")
     decides = {name for name in settings if name not in needs or settings.get(needs[name])}
     found = {name: settings[name] for name in having("fixed") if name in decides}
@@ -287,7 +287,7 @@ def checked(name: str, value: object) -> Any:
     """``value`` as the setting ``name`` keeps it.
 
     Raises:
-        D2OError: it is of another type, outside the range, not finite, or an empty text.
+        D2OError: the value has another type, is outside the range, not finite, or an empty text.
     """
     if name == "report_to" and value is None:
         return []
@@ -303,7 +303,7 @@ def allowed(name: str) -> str:
 
 
 def _loggers(value: str | list[str]) -> list[str]:
-    """``report_to`` as a list; "none" is an empty one, as in transformers."""
+    """``report_to`` as a list. "none" gives an empty list, as in transformers."""
     names = [value] if isinstance(value, str) else value
     if names == ["none"]:
         return []
@@ -313,10 +313,10 @@ def _loggers(value: str | list[str]) -> list[str]:
 
 
 def load_function(name: str, setting: str = "judge") -> Callable[..., Any]:
-    """The function that ``"package.module:function"`` names; ``setting`` is what messages call it.
+    """The function that ``"package.module:function"`` names. Messages call it ``setting``.
 
     Raises:
-        D2OError: not of this form, a module that cannot be imported, or no such function in it.
+        D2OError: ``name`` has another form, the module cannot be imported, or it has no such function.
     """
     module_name, colon, function = name.partition(":")
     if not (module_name and colon and function):
