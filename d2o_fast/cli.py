@@ -2,8 +2,8 @@
 
     d2o train config.yaml --learning_rate 1e-5
 
-The file and the flags have the same names, those of ``D2OConfig``; flags win; an unknown name is an error. Whatever is
-slow to import is imported by the command that needs it.
+File and flags use the names of ``D2OConfig``. Flags win, and an unknown name is an error. Each command imports slow
+modules only if it needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2o_fast.errors import D2OError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 if it succeeded, 2 for an error that the message explains."""
+    """Runs one command. Returns 0 on success, 2 after a D2OError, whose message it prints."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     try:
@@ -69,7 +69,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _show_log() -> None:
-    """What the package logs goes to stderr, each message once: every evaluation tokenises the same rows."""
+    """Sends the package's log to stderr, each message once, because every evaluation tokenises the same rows."""
     logger, seen = logging.getLogger("d2o_fast"), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -185,7 +185,7 @@ def _eval(config: D2OConfig, eval_model: str | None) -> int:
     path = Path(config.output_dir) / "eval.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'':<28}{'initial':>12}{'trained':>12}")
-    for name in dict.fromkeys((*initial, *trained)):  # a judge may use a label for one of the two only
+    for name in dict.fromkeys((*initial, *trained)):  # a label may occur for only one of the two
         print(f"{name:<28}{initial.get(name, 0.0):>12.4f}{trained.get(name, 0.0):>12.4f}")
     print(f"{len(rows)} held-out negatives; samples in {path}")
     return 0

@@ -1,4 +1,4 @@
-"""``d2o doctor``: what this machine has, which paths will run here, and why not the others."""
+"""``d2o doctor``: lists this machine's software and devices, the paths that run here, and why others do not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "flash-attn",
 
 
 def doctor(as_json: bool = False) -> int:
-    """Prints the examination as a table, or as one JSON object; 0 whatever it found."""
+    """Prints the report as a table, or as one JSON object. Always returns 0."""
     report = examine()
     print(json.dumps(report, indent=1) if as_json else _table(report))
     return 0
 
 
 def examine() -> dict[str, Any]:
-    """``software``: versions, None if missing; ``devices``; ``paths``: what runs for each job, and why not the rest."""
+    """The report: versions in ``software`` (None if missing), ``devices``, and the paths of each job in ``paths``."""
     return {
         "software": {"d2o-fast": version_of("d2o-fast"), "python": platform.python_version()}
         | {name: version_of(name) for name in PACKAGES},
@@ -74,7 +74,7 @@ def _loss() -> dict[str, Any]:
     others = {}
     try:
         runs = choose_engine("auto", probe).name
-    except (ImportError, ValueError) as error:  # on a GPU without Triton nothing runs unless torch is asked for
+    except (ImportError, ValueError) as error:  # a GPU without Triton: torch runs only on request
         return {"runs": "none", "not": {"triton": str(error), "torch": "only where backend='torch' asks for it"}}
     if runs == "torch":
         try:

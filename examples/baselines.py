@@ -1,12 +1,12 @@
-"""Four neighbours of D2O in plain torch, each a few lines: what they do to the same model with the same data.
+"""Four methods related to D2O in a few lines of plain torch each, for comparisons on the same model and data.
 
     GA    gradient ascent on the negatives                                  log pi(y-)
     NPO   negative preference optimization (arXiv 2404.05868)               -(2/beta) log sigmoid(-beta D-)
     DPO   direct preference optimization (arXiv 2305.18290)                 -log sigmoid(beta (D+ - D-))
     SFT   supervised fine-tuning on the positives                           -log pi(y+) / number of tokens
 
-``D = log pi(y|x) - log ref(y|x)``, summed over the response's tokens; + is the preferred response, - the negative; the
-reference is the model before training. GA and NPO see the negatives only, SFT the positives only, DPO both.
+``D = log pi(y|x) - log ref(y|x)``, summed over the response's tokens; + is the preferred response, - the negative. The
+reference is the model before training. GA and NPO use only the negatives, SFT only the positives, DPO both.
 
 Shapes: B examples of a batch, T tokens of the longest prompt + response, V vocabulary.
 """
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 
 METHODS = ("ga", "npo", "dpo", "sft")
-#: a token sequence with the number of its leading tokens that are the prompt
+#: (token ids of prompt and response, number of prompt tokens)
 Sequence = tuple[list[int], int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One example: ``chosen`` is needed by DPO and SFT, ``rejected`` by GA, NPO and DPO."""
+    """One example. DPO and SFT need ``chosen``; GA, NPO and DPO need ``rejected``."""
 
     chosen: Sequence | None
     rejected: Sequence | None
@@ -62,7 +62,7 @@ def sequence_logps(model: torch.nn.Module, sequences: list[Sequence]) -> torch.T
     token_logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
     is_response = torch.zeros_like(token_logps)
     for row, (ids, prompt) in enumerate(sequences):
-        is_response[row, prompt - 1 : len(ids) - 1] = 1  # padding stands behind, where a causal model cannot look
+        is_response[row, prompt - 1 : len(ids) - 1] = 1  # padding follows, and a causal model does not see it
     return (token_logps * is_response).sum(1)
 
 
@@ -80,9 +80,10 @@ def train(
     seed: int = 0,
     callback: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Trains ``model`` in place: AdamW, warm-up then linear decay, clipped gradients, the order of ``pairs`` seeded.
+    """Trains ``model`` in place with AdamW, warm-up then linear decay, and clipped gradients.
 
-    ``callback(step, loss)`` is called after every step, counted from 1. ``beta`` is NPO's and DPO's.
+    ``seed`` decides the order of ``pairs``. Only NPO and DPO use ``beta``. ``callback(step, loss)`` is called after
+    every step, counted from 1.
     """
     with torch.no_grad():  # the references: the same model before its first step
         ref_chosen = sequence_logps(model, [p.chosen for p in pairs]) if method == "dpo" else None  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The fused D2O loss inside a ``transformers.Trainer``, for those who keep their own training set-up.
+"""The fused D2O loss inside a ``transformers.Trainer``, for users with their own training set-up.
 
     python examples/transformers_trainer.py MODEL DATA.jsonl OUTPUT
 
@@ -30,10 +30,10 @@ class D2OLossTrainer(Trainer):
         super().__init__(*args, data_collator=lambda examples: {"examples": examples}, **kwargs)
         self.alpha, self.beta, self.pad = alpha, beta, pad
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
-        self.model_accepts_loss_kwargs = True  # num_items_in_batch is handed on, and the loss is not divided again
+        self.model_accepts_loss_kwargs = True  # passes num_items_in_batch on; the loss is not divided again
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, int]:
-        """The micro-batches of one update, and how many prompts they hold together."""
+        """The micro-batches of one update, and the number of their prompts."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         return batches, sum(len(batch["examples"]) for batch in batches)
 

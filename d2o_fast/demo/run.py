@@ -1,7 +1,7 @@
-"""``d2o demo``: a small model is taught to answer abusively half of the time, then aligned from its negatives alone.
+"""``d2o demo``: teaches a small model to answer abusively half of the time, then aligns it from negatives only.
 
-The alignment takes the path that any user takes: ``d2o sample``, ``d2o train`` and ``d2o eval`` with one settings file.
-GA, NPO, DPO and SFT (``examples/baselines.py``) start from the same model and the same data.
+The alignment runs the commands of any user: ``d2o sample``, ``d2o train`` and ``d2o eval`` with one settings file. GA,
+NPO, DPO and SFT (``examples/baselines.py``) start from the same model and data.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from d2o_fast.software import versions
 from d2o_fast.training.evaluate import judge_model
 from d2o_fast.training.metrics import read_log
 
-Command = Callable[[list[str]], int]  #: the arguments of ``d2o``, its exit status
+Command = Callable[[list[str]], int]  #: runs ``d2o`` with these arguments and returns its exit status
 
 MARKER = ".d2o-demo"
-#: everything the demo writes into its folder, and all that it removes there before it starts again
+#: the files that the demo writes, and removes before it starts again
 OWN = ("model", "feedback.jsonl", "held_out.jsonl", "d2o.yaml", "d2o", "results.json", "report.html")
 
-BASELINES = {  # name, what it learns from
+BASELINES = {  # method: (name, the data it learns from)
     "ga": ("GA", "negatives"),
     "npo": ("NPO", "negatives"),
     "dpo": ("DPO", "pairs, 1/3 of the positives abusive"),
     "sft": ("SFT", "the same positives"),
 }
-#: those that the toy study chose most often (benchmarks/results/toy-study.md)
+#: the toy study chose these most often (benchmarks/results/toy-study.md)
 LEARNING_RATES = {"ga": 3e-4, "npo": 3e-4, "dpo": 3e-4, "sft": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much of everything; ``QUICK`` shows that the whole path works, not that the method does."""
+    """The sizes of a demo. ``QUICK`` shows that all commands run, not that the method works."""
 
     train_prompts: int = 240
     test_prompts: int = 100
     pretrain_steps: int = 800
     epochs: int = 16
-    generations: int = 4  #: responses per held-out prompt at the end, and half as many on the way
+    generations: int = 4  #: responses per held-out prompt at the end; half as many during training
 
 
 FULL = Budget()
@@ -64,14 +64,14 @@ QUICK = Budget(train_prompts=60, test_prompts=20, pretrain_steps=60, epochs=1, g
 
 
 def demo(output_dir: Path, seed: int, quick: bool, run: Command) -> int:
-    """The command ``d2o demo``; 0 if it succeeded.
+    """The command ``d2o demo``. Returns 0 on success.
 
     Args:
         run: runs a command of ``d2o`` as typed and returns its exit status.
     """
     checked("seed", seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    torch.set_num_threads(1)  # a model this small is faster on one thread
     transformers_logging.disable_progress_bar()
     try:
         results = run_demo(output_dir, seed, QUICK if quick else FULL, run)
@@ -83,7 +83,7 @@ def demo(output_dir: Path, seed: int, quick: bool, run: Command) -> int:
 
 
 def run_demo(folder: Path, seed: int, budget: Budget, run: Command) -> DemoResults:
-    """Runs every stage, writes ``results.json`` and ``report.html`` into ``folder`` and returns what they show."""
+    """Runs every stage, writes ``results.json`` and ``report.html`` into ``folder``, and returns the results."""
     started = time.time()
     prepare_folder(folder)
     stages: list[tuple[str, float]] = []
@@ -154,10 +154,10 @@ def run_demo(folder: Path, seed: int, budget: Budget, run: Command) -> DemoResul
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes ``folder`` ready: an earlier demo's files in it are removed, anything else is left alone.
+    """Creates ``folder`` and removes an earlier demo's files from it, but no others.
 
     Raises:
-        D2OError: ``folder`` holds files and no demo made it.
+        D2OError: ``folder`` is a file, or holds files that no demo wrote.
     """
     if folder.exists() and not folder.is_dir():
         raise D2OError(f"--output_dir {folder} is a file; name a folder")
@@ -174,7 +174,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_config(folder: Path, seed: int, budget: Budget) -> dict[str, Any]:
-    """Writes ``d2o.yaml``, the settings that ``d2o sample``, ``train`` and ``eval`` read, and returns them."""
+    """Writes ``d2o.yaml``, the settings of ``d2o sample``, ``train`` and ``eval``, and returns them."""
     settings = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "feedback.jsonl"),
@@ -212,10 +212,10 @@ def judged(model: Any, tokenizer: Any, rows: Sequence[Row], config: D2OConfig) -
 def train_baseline(
     method: str, model: Any, tokenizer: Any, feedback: list[dict[str, object]], rows: Sequence[Row], config: D2OConfig
 ) -> list[tuple[int, Shares]]:
-    """Trains ``model`` in place with ``examples/baselines.py``, under the settings of ``config`` that D2O has too.
+    """Trains ``model`` in place with ``examples/baselines.py`` under D2O's settings in ``config``.
 
     Returns:
-        (step, shares on the prompts of ``rows``) every ``config.eval_steps`` before the last step; none if 0.
+        (step, shares on the prompts of ``rows``) every ``config.eval_steps`` before the last step; empty if 0.
     """
     curve = []
 
@@ -271,7 +271,7 @@ def d2o_curve(train_log: list[dict[str, Any]]) -> list[tuple[int, Shares]]:
 
 
 def _read_eval(folder: Path, samples: int = 12) -> tuple[Shares, Shares, list[dict[str, str]]]:
-    """(shares before, shares after, one sample of each of the first prompts), from what ``d2o eval`` wrote."""
+    """(shares before, shares after, one sample for each of the first prompts), from ``eval.json``."""
     report = json.loads((folder / "eval.json").read_text())
     before, after = (
         {label: report[model][f"eval_judge/{label}"] for label in world.LABELS} for model in ("initial", "trained")
