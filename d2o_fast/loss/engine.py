@@ -138,8 +138,8 @@ class Engine(ABC):
 
     @staticmethod
     @abstractmethod
-    def group_loss(token_logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Results of whole prompts and the derivative by each response's log-probability; see ``torch_path``."""
+    def group_loss(*tensors: Any, **numbers: Any) -> tuple[torch.Tensor, ...]:
+        """Results of whole prompts and the derivative by each response's logp; see ``loss/torch_engine.py``."""
 
     @abstractmethod
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,11 +108,11 @@ def fused_d2o_loss(
         alpha, beta: weights of the negative and of the anchors.
         anchor_weight: lambda of the ungated anchor term (ours; 0 is the paper).
         num_prompts: the mean's denominator: G, or all prompts of the accumulated batch.
-        grad_filter_eps: None computes the gradient exactly. Otherwise a vocabulary column of a chunk's E takes part in
-            no product if every entry is at most ``eps * |c_n|``, ``c_n`` the derivative of the loss by the token's
-            log-probability: entry by entry, dHidden of token n is then off by at most
-            ``eps * |c_n| * sum_v |weight_v|`` over the columns left out, and a row of dWeight that is left out by at
-            most ``eps * sum_n |c_n| |hidden_n|``. The loss, and dBias, are exact all the same.
+        grad_filter_eps: None computes the gradient exactly. Otherwise, and with the Triton kernels alone, a vocabulary
+            column of a chunk's E takes part in no product if every entry is at most ``eps * |c_n|``, ``c_n`` the
+            derivative of the loss by the token's log-probability: entry by entry, dHidden of token n is then off by at
+            most ``eps * |c_n| * sum_v |weight_v|`` over the columns left out, and a row of dWeight that is left out by
+            at most ``eps * sum_n |c_n| |hidden_n|``. The loss, and dBias, are exact all the same.
 
     Returns:
         loss () with the gradient; detached: logps (S,), chosen_rewards, rejected_rewards and margins (G,); path, the
@@ -172,9 +172,10 @@ def fused_margin_loss(
     if grad_filter_eps is not None and not 0 <= grad_filter_eps < 1:
         raise ValueError(f"grad_filter_eps is {grad_filter_eps}; it must lie in [0, 1), or be None for no filter")
     engine = choose_engine(backend, hidden)
-    if grad_filter_eps is not None and engine is TorchEngine and hidden.device.type != "cpu":
+    if grad_filter_eps is not None and engine is TorchEngine:
         raise ValueError(
-            "grad_filter_eps on a GPU needs the Triton kernels, which backend='torch' and float64 rule out"
+            f"grad_filter_eps is {grad_filter_eps}, and only the Triton kernels can filter: they need a GPU, a dtype "
+            "other than float64, and no backend='torch'. Leave grad_filter_eps out; the gradient is then exact"
         )
     loss, logps, chosen, rejected, margins, skipped = _FusedMarginLoss.apply(
         hidden,

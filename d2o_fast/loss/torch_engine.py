@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from d2o_fast.loss.engine import Engine, Needs, Totals, split
 from d2o_fast.loss.matmul import multiplies_bf16, product_
+from d2o_fast.loss.reference import Margin
 
 BLOCK_BYTES = 12 << 20  #: of a block's logits, and of its widened weight, whichever has more
 MAX_TILE = 1024  #: tokens that pass by a block of the weight together where no logits are kept
@@ -36,26 +37,23 @@ def group_loss(
     cu_seqlens: torch.Tensor,
     cu_groups: torch.Tensor,
     ref_logps: torch.Tensor,
-    alpha: float,
-    beta: float,
-    anchor_weight: float,
+    *,
     num_prompts: int,
-    negative_weight: float = 0.0,
-    gate: float = 1.0,
+    **margin: float,
 ) -> tuple[torch.Tensor, ...]:
     """(logps (S,), chosen (G,), rejected (G,), margins (G,), losses (G,), response_coef (S,)) of packed prompts.
 
-    The margin loss of ``reference.Margin``, whose fields the numbers are. ``losses`` are divided by ``num_prompts``
-    already; ``response_coef`` is the derivative of their sum by each response's log-probability. The few numbers here
-    are taken in fp64: z is a difference of large sums.
+    ``losses`` are divided by ``num_prompts`` already; ``response_coef`` is the derivative of their sum by each
+    response's log-probability. The few numbers here are taken in fp64: z is a difference of large sums.
 
     Args:
         token_logps: (n,) wide.
         cu_seqlens: (S+1,) int32 and ``cu_groups`` (G+1,) int32, on the device.
         ref_logps: (S,).
+        margin: the fields of a ``Margin``.
     """
     first, S = cu_groups[:-1].long(), cu_seqlens.shape[0] - 1
-    K = cu_groups.diff() - 1
+    K, (alpha, beta, anchor_weight, negative_weight, gate) = cu_groups.diff() - 1, Margin(**margin)
     logps = _segment_sums(token_logps.double(), cu_seqlens)
     log_ratio = logps - ref_logps.double()
     negatives = log_ratio.index_select(0, first)
@@ -92,15 +90,10 @@ class TorchEngine(Engine):
         return None if self.head.bias is None else self.head.bias.to(self.wide)[:, None]
 
     @functools.cached_property
-    def rounds(self) -> bool:
-        """Whether E is rounded to bf16: it then serves products with the weight as it is."""
+    def multiplies_bf16(self) -> bool:
+        """Whether hidden states and weight are bf16, and multiplied as such: E rounded to bf16 can meet them."""
         both = self.hidden.dtype == self.head.weight.dtype == torch.bfloat16
         return both and multiplies_bf16(self.device)
-
-    @functools.cached_property
-    def direct(self) -> bool:
-        """Whether E meets the weight without a copy of it: in one product, over all of the vocabulary."""
-        return self.rounds or self.hidden.dtype == self.head.weight.dtype == self.wide
 
     # --- Scores, and the gradient of given stats: every token passes by one block of the weight -----------------------
 
@@ -165,58 +158,69 @@ class TorchEngine(Engine):
         return statistics.logps()
 
     def backward(self, coef: torch.Tensor, dhidden: torch.Tensor | None, totals: Totals) -> None:
-        assert self.kept_logits is not None
+        """Block by block, logits become E.T, which meets the hidden states while it is in cache. It meets the weight
+        there too, or is kept and meets it at the end."""
         start, end = self.chunk
-        n, hidden, targets = end - start, self.hidden[start:end], self.targets[start:end]
-        if self.grad_filter_eps is not None:
-            filtered = _FilteredGradient(self, hidden, coef, dhidden, totals)
-        direct = self.direct and dhidden is not None and dhidden.dtype == self.hidden.dtype
-        one_chunk = totals.weight is not None and totals.weight.dtype != self.wide
-        rounds = self.rounds and (direct or one_chunk)
-        into = None
-        if dhidden is not None and not direct:
-            into = dhidden.zero_() if dhidden.dtype == self.wide else torch.zeros_like(dhidden, dtype=self.wide)
-        wide = hidden.to(self.wide) if totals.weight is not None else hidden
-        for i, (first, last) in enumerate(self._blocks(n)):
-            kept = self.kept_logits[first:last]
-            out = self.scratch("softmax", kept.shape) if self.head.softcap or rounds else kept
-            if self.head.softcap:
-                softmax = torch.sub(kept, self.kept_maximum, out=out).exp_().mul_(-coef / self.kept_sum)
-            else:
-                # Not exp(m_b - lse): lse is rounded at the size of the logits, and all of a row's softmax with it.
-                factor = (self.kept_maxima[i] - self.kept_maximum).exp_().div_(self.kept_sum).mul_(-coef)
-                softmax = torch.mul(kept, factor, out=out)
-            grad = self._finish(softmax, kept, first, last, targets, coef)
+        keeps = dhidden is not None and self._keeps_e(dhidden)
+        into = None if dhidden is None or keeps else dhidden.to(self.wide).zero_()  # dhidden itself, if it is wide
+        hidden = self.hidden[start:end]
+        if totals.weight is not None and (totals.weight.dtype == self.wide or not self.multiplies_bf16):
+            hidden = hidden.to(self.wide)
+        for i, (first, last) in enumerate(self._blocks(end - start)):
+            grad = self._block_of_e(i, first, last, coef, keeps)
             if totals.bias is not None:
-                _add(totals.bias[first:last], grad.sum(1), totals.fresh)
-            if self.grad_filter_eps is not None:
-                filtered.add(grad, first)
-                continue
-            if rounds:
-                # Not over the logits where it serves dWeight: oneDNN reads past an odd n, and NaN * 0 is NaN (LOG.md).
-                grad_16 = self.scratch("bf16", kept.shape, torch.bfloat16).copy_(grad) if one_chunk else grad
-                if direct:
-                    kept.view(torch.bfloat16)[:, :n].copy_(grad_16)
-            elif direct and grad.data_ptr() != kept.data_ptr():
-                kept.copy_(grad)
+                dbias, columns = totals.bias[first:last], grad.sum(1)
+                dbias.copy_(columns if totals.fresh else dbias + columns)
             if totals.weight is not None:
-                dweight = totals.weight[first:last]
-                if dweight.dtype == self.wide:
-                    product_(dweight, grad, wide, add=not totals.fresh)
-                elif rounds:
-                    product_(dweight, grad_16, hidden)
-                else:
-                    dweight.copy_(grad @ wide)
+                self._add_dweight(totals.weight[first:last], grad, hidden, totals.fresh)
             if into is not None:
                 product_(into, grad.T, self._weight_block(first, last), add=True)
-        if self.grad_filter_eps is not None:
-            filtered.finish()
-        elif direct and dhidden is not None:
-            whole = self.kept_logits.view(torch.bfloat16)[:, :n] if rounds else self.kept_logits
-            product_(dhidden, whole.T, self.head.weight)
-        elif dhidden is not None and into is not None and into is not dhidden:
-            dhidden.copy_(into)
+        if dhidden is not None:
+            if into is None:
+                product_(dhidden, self._kept_e().T, self.head.weight)
+            else:
+                dhidden.copy_(into)
         totals.fresh = False
+
+    def _keeps_e(self, dhidden: torch.Tensor) -> bool:
+        """Whether one product of all of E with the weight as it is fills ``dhidden``: no copy of the weight, no sum
+        beside it. E is rounded to bf16 for it where bf16 is multiplied. A staged prompt's wide sum rules it out."""
+        unwidened = self.multiplies_bf16 or self.hidden.dtype == self.head.weight.dtype == self.wide
+        return unwidened and dhidden.dtype == self.hidden.dtype
+
+    def _kept_e(self) -> torch.Tensor:
+        """(V, n) E.T in the memory of the kept logits; a row of bf16 takes the left half of its row."""
+        assert self.kept_logits is not None
+        n = self.kept_logits.shape[1]
+        return self.kept_logits.view(torch.bfloat16)[:, :n] if self.multiplies_bf16 else self.kept_logits
+
+    def _block_of_e(self, i: int, first: int, last: int, coef: torch.Tensor, keeps: bool) -> torch.Tensor:
+        """(v, n) wide block ``i`` of E.T from the kept logits, in their place unless they are still read; if E is kept,
+        it is there as well."""
+        assert self.kept_logits is not None
+        kept = self.kept_logits[first:last]
+        apart = self.head.softcap or (keeps and self.multiplies_bf16)
+        out = self.scratch("softmax", kept.shape) if apart else kept
+        if self.head.softcap:
+            softmax = torch.sub(kept, self.kept_maximum, out=out).exp_().mul_(-coef / self.kept_sum)
+        else:
+            # Not exp(m_b - lse): lse is rounded at the size of the logits, and all of a row's softmax with it.
+            factor = (self.kept_maxima[i] - self.kept_maximum).exp_().div_(self.kept_sum).mul_(-coef)
+            softmax = torch.mul(kept, factor, out=out)
+        grad = self._finish(softmax, kept, first, last, self.targets[slice(*self.chunk)], coef)
+        if keeps and apart:
+            self._kept_e()[first:last].copy_(grad)
+        return grad
+
+    def _add_dweight(self, dweight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, fresh: bool) -> None:
+        """A block's dWeight: added up over chunks, wide; or of the only chunk, rounded to the weight's own dtype."""
+        if dweight.dtype == self.wide:
+            product_(dweight, grad, hidden, add=not fresh)
+        elif hidden.dtype == self.wide:
+            dweight.copy_(grad @ hidden)
+        else:
+            # Not the kept E: oneDNN reads past an odd n of its strided rows, and NaN * 0 is NaN (LOG.md).
+            product_(dweight, self.scratch("bf16", grad.shape, torch.bfloat16).copy_(grad), hidden)
 
     # --- Parts -----------------------------------------------------------------------------------------------------
 
@@ -302,68 +306,7 @@ class _Statistics:
         return (self.target - self.maximum) - self.sum.log()
 
 
-class _FilteredGradient:
-    """The products of a chunk without the columns of E in which nothing exceeds grad_filter_eps.
-
-    A column is a row of E.T here. Those that are kept are gathered until they fill a block, and then multiplied.
-    """
-
-    def __init__(
-        self,
-        engine: TorchEngine,
-        hidden: torch.Tensor,
-        coef: torch.Tensor,
-        dhidden: torch.Tensor | None,
-        totals: Totals,
-    ) -> None:
-        assert engine.grad_filter_eps is not None
-        if engine.device.type != "cpu":
-            raise ValueError("grad_filter_eps on a GPU needs the Triton kernels; leave backend='torch' out")
-        self.engine, self.hidden, self.dhidden, self.totals = engine, hidden, dhidden, totals
-        self.wide_hidden, self.bound = hidden.to(engine.wide), engine.grad_filter_eps * coef.abs()
-        self.sum = None if dhidden is None else torch.zeros_like(dhidden, dtype=engine.wide)
-        self.block = next(last - first for first, last in engine._blocks(hidden.shape[0]))
-        self.parts: list[torch.Tensor] = []
-        self.columns: list[torch.Tensor] = []
-        self.waiting = 0
-        if totals.weight is not None and totals.fresh:
-            totals.weight.zero_()
-
-    def add(self, grad: torch.Tensor, first: int) -> None:
-        """E.T (v, n) of the columns from ``first`` on."""
-        small = (grad.abs() <= self.bound).all(1)  # NaN is not small
-        rows = small.logical_not_().nonzero().squeeze(1)
-        if rows.numel() == 0:
-            return
-        self.parts.append(grad.index_select(0, rows))
-        self.columns.append(rows + first)
-        self.waiting += rows.numel()
-        self.engine.kept = self.engine.kept + rows.numel() * grad.shape[1]
-        if self.waiting >= self.block:
-            self._multiply()
-
-    def finish(self) -> None:
-        if self.waiting:
-            self._multiply()
-        if self.dhidden is not None and self.sum is not None:
-            self.dhidden.copy_(self.sum)
-
-    def _multiply(self) -> None:
-        grad, columns = torch.cat(self.parts), torch.cat(self.columns)
-        self.parts, self.columns, self.waiting = [], [], 0
-        if self.sum is not None:
-            weight = self.engine.head.weight.index_select(0, columns).to(self.hidden.dtype)
-            product_(self.sum, grad.T, weight.to(self.engine.wide), add=True)
-        if self.totals.weight is not None:
-            part = product_(torch.empty(len(columns), self.engine.H, dtype=self.engine.wide), grad, self.wide_hidden)
-            self.totals.weight.index_add_(0, columns, part.to(self.totals.weight.dtype))
-
-
 def _rows_in(targets: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(row of each target in the block first..last as (1, n), any row where it is not there; whether it is)."""
     inside = (targets >= first) & (targets < last)
     return (targets - first).where(inside, 0).long()[None], inside
-
-
-def _add(into: torch.Tensor, value: torch.Tensor, fresh: bool) -> None:
-    into.copy_(value if fresh else into + value)

@@ -93,19 +93,14 @@ class MarginWalk:
 
     def _group_loss(self, first: int, last: int, token_logps: torch.Tensor) -> torch.Tensor:
         """Fills the results of prompts first..last from their tokens' log-probabilities; returns their dL/dlogp_s."""
-        layout, (alpha, beta, anchor_weight, negative_weight, gate) = self.layout, self.margin
-        s0, s1 = layout.cu_groups[first], layout.cu_groups[last]
+        layout, s0, s1 = self.layout, self.layout.cu_groups[first], self.layout.cu_groups[last]
         *results, response_coef = self.engine.group_loss(
             token_logps,
             layout.tensor("cu_seqlens", self.device)[s0 : s1 + 1] - layout.cu_seqlens[s0],
             layout.tensor("cu_groups", self.device)[first : last + 1] - s0,
             self.ref_logps[s0:s1],
-            alpha,
-            beta,
-            anchor_weight,
-            self.num_prompts,
-            negative_weight,
-            gate,
+            **self.margin._asdict(),
+            num_prompts=self.num_prompts,
         )
         self.logps[s0:s1] = results[0]
         for into, value in zip((self.chosen, self.rejected, self.margins, self.losses), results[1:], strict=True):
