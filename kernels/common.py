@@ -2,10 +2,7 @@
 
 Shapes: N response tokens, V vocabulary, H hidden.
 
-The logit follows ``d2o_fast.loss.reference.naive_linear_logprob``::
-
-    x     = LOGIT_SCALE * (product + bias)          product = hidden @ weight.T
-    logit = SOFTCAP * tanh(x / SOFTCAP)             or x, without a softcap
+``to_logits`` makes logits of products hidden @ weight.T as ``d2o_fast.loss.reference.naive_linear_logprob`` does.
 """
 
 from __future__ import annotations

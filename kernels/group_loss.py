@@ -9,8 +9,7 @@ Shapes: n packed response tokens, S responses, G prompts, K anchors of one promp
     dloss/dlogp_negative =  (alpha * gate * sigmoid(-z) + negative_weight) / num_prompts
     dloss/dlogp_anchor   = -(beta * gate * sigmoid(-z) + anchor_weight) / (K * num_prompts)
 
-D2O is gate 1 and no weights (paper, Eq. 3). With K = 1, DPO is the same; with K = 0, a gate of 2 / beta and beta for
-alpha it is NPO; gate 0 and a negative_weight of 1 is gradient ascent on the negative's loss.
+``d2o_fast.reference.Margin`` says which losses these are.
 """
 
 from __future__ import annotations
@@ -110,10 +109,7 @@ def group_loss(
         cu_groups: (G+1,) int32 on the device: which responses belong to each prompt; the negative first.
             Both come from a ``ResponseLayout``, which has checked them; they are not read on the host here.
         ref_logps: (S,) fp32 reference log-probability of each response.
-        anchor_weight: of the anchors' mean log-ratio, subtracted without a gate.
-        num_prompts: the mean's denominator.
-        negative_weight: of the negative's log-ratio, added without a gate.
-        gate: of softplus(-z); zero switches the term off exactly.
+        gate: zero switches its term off exactly.
 
     Raises:
         TypeError, ValueError: other dtypes or shapes, tensors on several devices, num_prompts below 1.

@@ -6,6 +6,9 @@ Shapes: N response tokens, V vocabulary, H hidden, P splits of the vocabulary.
     logps[n] = logit[n, targets[n]] - stats[0, n] - stats[1, n]
     stats[0, n] = max_v logit[n, v],   stats[1, n] = log sum_v exp(logit[n, v] - stats[0, n])
 
+The sum of the two statistics is the log-sum-exp; apart, they keep the digits that it loses where logits are far from
+zero.
+
 A work item is BLOCK_N rows and one of P contiguous ranges of the vocabulary. Its program walks the range in tiles of
 BLOCK_V columns, keeps the running maximum, the sum of exponentials and the target's logit of its rows in registers, and
 writes those three numbers. A last kernel combines the P partial results in the order of the splits, so the bits do not
@@ -391,9 +394,6 @@ def linear_logprob_forward(
     logit_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each row's target, (N,), and statistics of the row, (2, N), fp32, in nats. Not differentiable.
-
-    The statistics are the row's largest logit and the logarithm of its sum of exp(logit - largest). Their sum is the
-    log-sum-exp; apart, they keep the digits that it loses where logits are far from zero.
 
     fp32 operands are multiplied in IEEE fp32, never TF32; 16-bit ones with fp32 accumulation. A target outside [0, V)
     reads nothing and gives NaN in ``logps``. Nothing waits for the device.

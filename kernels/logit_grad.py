@@ -154,9 +154,8 @@ def logit_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each row's target, (n,), and statistics of the row, (2, n), fp32, in nats.
-
-    The statistics are the row's largest logit and the logarithm of its sum of exp(logit - largest).
+    """Log-probability of each row's target, (n,), and statistics of the row, (2, n), fp32, in nats: those of
+    ``linear_logprob_forward``.
 
     A target outside [0, V) reads nothing and gives NaN in ``logps``. Nothing waits for the device.
 

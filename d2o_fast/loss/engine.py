@@ -18,7 +18,7 @@ from d2o_fast.loss.matmul import wide_dtype
 
 @dataclass(frozen=True)
 class Head:
-    """The head: ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``."""
+    """A head; ``linear_logprob`` has the formula of its logits."""
 
     weight: torch.Tensor  #: (V, H)
     bias: torch.Tensor | None  #: (V,)

@@ -115,9 +115,7 @@ def fused_d2o_loss(
             at most ``eps * sum_n |c_n| |hidden_n|``. The loss, and dBias, are exact all the same.
 
     Returns:
-        loss () with the gradient; detached: logps (S,), chosen_rewards, rejected_rewards and margins (G,); path, the
-        one that ran; skipped, the share of the gradient's products that ``grad_filter_eps`` left out. All fp32 (fp64
-        for fp64 ``hidden``).
+        ``D2OOutput``: the loss with the gradient; detached sums and rewards; which path ran.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.

@@ -72,17 +72,11 @@ def naive_linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
-    """log softmax(logits)[target] for each token, (N,), from full logits.
+    """log softmax(logits)[target] for each token, (N,), from full logits; arguments as for ``linear_logprob``.
 
-    ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``; without a softcap
-    ``logits = x``. This is the order of transformers' heads: Cohere multiplies the head's output by ``logit_scale``,
-    Granite divides it by ``logits_scaling``, Gemma 2 caps it.
-
-    Args:
-        hidden: (N, H) floating point. The product is taken in its dtype and the softmax in fp32 (fp64 for fp64).
-        weight: (V, H) the language-model head.
-        targets: (N,) int64 in [0, V).
-        bias: (V,) of the head.
+    The product is taken in the dtype of ``hidden`` and the softmax in fp32 (fp64 for fp64). Bias, scale and cap have
+    the order of transformers' heads: Cohere multiplies the head's output by ``logit_scale``, Granite divides it by
+    ``logits_scaling``, Gemma 2 caps it.
     """
     logits = (hidden @ weight.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
     if bias is not None:
@@ -108,16 +102,9 @@ def d2o_loss(
     anchor_weight: float = 0.0,
     num_prompts: int | None = None,
 ) -> D2OOutput:
-    """D2O from sequence log-probabilities; pure, differentiable in ``logps``.
+    """D2O from sequence log-probabilities ``logps`` (S,); pure, differentiable in them.
 
-    Args:
-        logps: (S,) log pi(y_s) of every response, the negative of each prompt first.
-        ref_logps: (S,) log ref+(y_s) for a negative and log ref-(y_s) for an anchor.
-        alpha: weight of the negative.
-        beta: weight of the anchors, shared equally by the K of a prompt.
-        anchor_weight: lambda, ours, 0 in the paper: adds ``-lambda * mean_i [log pi(y_i) - log ref-(y_i)]`` to each
-            prompt's loss, an anchor term that sigmoid(-z) does not gate.
-        num_prompts: the mean's denominator; G unless the batch is accumulated over several calls.
+    The other arguments are those of ``fused_d2o_loss``.
     """
     return margin_loss(logps, ref_logps, layout, Margin(alpha, beta, anchor_weight), num_prompts=num_prompts)
 
