@@ -6,38 +6,38 @@
     python -m benchmarks --suite peers        # every peer, ranked within one shared error bound
 
 A suite named with ``--suite`` takes what time it needs up to ``--seconds``; see ``python -m benchmarks.gpu`` for a GPU.
+Writes <date>-<suite>-<device>.jsonl and .md. Ends with 1 if one of ours failed or is out of its error bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
-from pathlib import Path
 
-from benchmarks.report import append_row, markdown, summary
-from benchmarks.runner import RESULTS, run_cases
+from benchmarks.loss_report import append_row, markdown, summary, wrong
+from benchmarks.report import options
+from benchmarks.runner import run_cases
 from benchmarks.suites import SECONDS, SUITES, cases_of
 
 DEFAULT = ("errors", "cpu-loss", "memory", "peers")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Benchmarks of the fused D2O loss.")
+    parser = options("benchmarks", __doc__)
     parser.add_argument("--suite", action="append", choices=list(SUITES), help="one suite (may be repeated)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether everything runs, not how fast")
     parser.add_argument("--seconds", type=float, help="time for each suite; each has its own default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for <date>-<suite>.jsonl and .md")
     args = parser.parse_args(argv)
+    status = 0
     for suite in args.suite or DEFAULT:
-        cases = cases_of(suite, args.device, args.tiny)
-        name = f"{datetime.date.today()}-{suite}-{args.device}" + ("-tiny" if args.tiny else "")
+        name = f"{datetime.date.today()}-{suite}-{args.device}" + ("-tiny" if args.dry_run else "")
         path = args.out / f"{name}.jsonl"
+        cases = cases_of(suite, args.device, args.dry_run)
         rows = run_cases(cases, args.seconds or SECONDS[suite], lambda row, path=path: append_row(path, row))  # type: ignore[misc]
-        table = markdown(rows, f"{suite} on {args.device}")
-        path.with_suffix(".md").write_text(table)
-        print(table + summary(rows))
-    return 0
+        lines = markdown(rows, f"{suite} on {args.device}", args.dry_run)
+        path.with_suffix(".md").write_text("\n".join(lines))
+        print("\n".join([*lines, summary(rows)]))
+        status = 1 if wrong(rows) else status
+    return status
 
 
 if __name__ == "__main__":

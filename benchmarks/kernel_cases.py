@@ -69,7 +69,7 @@ class Work:
     launch: Callable[[], Any]
     error: Callable[[Any], float]  #: of a launch's result: RMS, relative to fp64, over its bound; infinite for NaN
     moved: float  #: bytes
-    operations: float
+    operations: float = 0.0
     launches: int = 1
     prepare: Callable[[], Any] = lambda: None  #: restores what a launch changes, and spoils its outputs; not timed
 
@@ -82,6 +82,7 @@ class Operands:
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None):
         self.shape, self.device, self.dtype = shape, device, dtype
+        self.rounded = FP32_BOUND if dtype == torch.float32 else ROUNDED_BOUND  #: of what is returned in ``dtype``
         self.draw = torch.Generator(device).manual_seed(0)
         self.hidden = self.normal(shape.N, shape.H).to(dtype)
         self.weight = (self.normal(shape.V, shape.H) * (2 / math.sqrt(shape.H))).to(dtype).to(weight_dtype or dtype)
@@ -130,20 +131,32 @@ class Gradient:
         self.kept = (self.source.float().abs() > FILTER_EPS).any(0).nonzero()[:, 0]
 
 
+def against(
+    bound: float, rows: torch.Tensor, exact: Callable[[], torch.Tensor], part: int | None = None
+) -> Callable[[Any], float]:
+    """Compares some rows of a result, or of one ``part`` of it, with their fp64 value; no element may be infinite."""
+
+    def error(result: Any) -> float:
+        found = result if part is None else result[part]
+        return relative_error(found[rows], exact()).rms / bound if bool(found.isfinite().all()) else math.inf
+
+    return error
+
+
 def linear_logprob_work(of: Operands) -> Work:
     N, H, V, softcap = of.shape.N, of.shape.H, of.shape.V, of.shape.softcap
-
-    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
-        rows = of.sample(N)
-        exact = naive_linear_logprob(of.hidden[rows].double(), of.weight.double(), of.targets[rows], softcap=softcap)
-        return _over(FP32_BOUND, result[0], rows, exact)
-
+    rows, hidden, weight = of.sample(N), of.hidden, of.weight
     return Work(
         "linear_logprob",
         {"n": N, "H": H, "V": V},
-        lambda: linear_logprob_forward(of.hidden, of.weight, of.targets, None, softcap),
-        error,
-        moved=of.hidden.nbytes + of.weight.nbytes + 20.0 * N,  # int64 targets, logps and two statistics
+        lambda: linear_logprob_forward(hidden, weight, of.targets, None, softcap),
+        against(
+            FP32_BOUND,
+            rows,
+            lambda: naive_linear_logprob(hidden[rows].double(), weight.double(), of.targets[rows], softcap=softcap),
+            part=0,
+        ),
+        moved=hidden.nbytes + weight.nbytes + 20.0 * N,  # int64 targets, logps and two statistics
         operations=2.0 * N * H * V,
         launches=2,
     )
@@ -151,39 +164,26 @@ def linear_logprob_work(of: Operands) -> Work:
 
 def logit_stats_work(of: Operands, logits: Logits) -> Work:
     n, V = logits.source.shape
-
-    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
-        rows = of.sample(n)
-        return _over(FP32_BOUND, result[0], rows, logits.exact(rows)[0])
-
+    rows = of.sample(n)
     return Work(
         "logit_stats",
         {"n": n, "V": V},
         lambda: logit_stats(logits.source, logits.targets, *logits.options),
-        error,
+        against(FP32_BOUND, rows, lambda: logits.exact(rows)[0], part=0),
         moved=logits.source.nbytes + 20.0 * n,
-        operations=0.0,
     )
 
 
 def logit_grad_work(of: Operands, logits: Logits) -> Work:
     n, V = logits.source.shape
-    stats = logit_stats(logits.source, logits.targets, *logits.options)[1]
-
-    def launch() -> torch.Tensor:
-        return logit_grad_(logits.memory, logits.targets, stats, logits.coef, *logits.options, out_dtype=of.dtype)
-
-    def error(result: torch.Tensor) -> float:
-        rows = of.sample(n)
-        return _over(_rounded(of.dtype), result, rows, logits.exact(rows)[1])
-
+    rows, stats = of.sample(n), logit_stats(logits.source, logits.targets, *logits.options)[1]
+    arguments = (logits.memory, logits.targets, stats, logits.coef, *logits.options)
     return Work(
         "logit_grad",
         {"n": n, "V": V},
-        launch,
-        error,
+        lambda: logit_grad_(*arguments, out_dtype=of.dtype),
+        against(of.rounded, rows, lambda: logits.exact(rows)[1]),
         moved=logits.source.nbytes + float(n) * V * of.dtype.itemsize + 20.0 * n,
-        operations=0.0,
         prepare=lambda: logits.memory.copy_(logits.source),
     )
 
@@ -194,30 +194,32 @@ def group_loss_work(of: Operands) -> Work:
     ref_logps = sequence_logps(token_logps, layout) + 4.0 * of.normal(layout.num_responses)
     offsets = (layout.tensor("cu_seqlens", of.device), layout.tensor("cu_groups", of.device))
 
-    def error(result: tuple[torch.Tensor, ...]) -> float:
+    def exact() -> torch.Tensor:
         leaf = sequence_logps(token_logps.double(), layout).requires_grad_()
         loss = d2o_loss(leaf, ref_logps.double(), layout, alpha=0.1, beta=0.1).loss
-        return relative_error(result[-1], torch.autograd.grad(loss, leaf)[0]).rms / FP32_BOUND
+        return torch.autograd.grad(loss, leaf)[0]
 
     return Work(
         "group_loss",
         {"n": of.shape.N},
         lambda: group_loss(token_logps, *offsets, ref_logps, 0.1, 0.1, 0.0, layout.num_prompts),
-        error,
+        against(FP32_BOUND, torch.arange(layout.num_responses, device=of.device), exact, part=-1),
         moved=token_logps.nbytes + 16.0 * layout.num_responses + 20.0 * layout.num_prompts,
-        operations=0.0,
     )
 
 
 def filtered_work(of: Operands, gradient: Gradient, label: str, dhidden: bool = True, dweight: bool = True) -> Work:
     """Both products over the kept columns, or one of them; dWeight is added to an fp32 sum."""
     (n, V), H, M, size = gradient.source.shape, of.shape.H, len(gradient.kept), of.dtype.itemsize
-    hidden = of.hidden[:n]
+    hidden, source, kept, rows = of.hidden[:n], gradient.source, gradient.kept, of.sample(n)
+    columns = kept[of.sample(M)]
     into = torch.empty_like(hidden) if dhidden else None
     total = torch.empty(V, H, device=of.device) if dweight else None
+    of_hidden = against(of.rounded, rows, lambda: source[rows][:, kept].double() @ of.weight[kept].double())
+    of_weight = against(FP32_BOUND, columns, lambda: source[:, columns].double().T @ hidden.double())
 
     def prepare() -> None:
-        gradient.memory.copy_(gradient.source)
+        gradient.memory.copy_(source)
         if into is not None:
             into.fill_(math.nan)
         if total is not None:
@@ -225,17 +227,11 @@ def filtered_work(of: Operands, gradient: Gradient, label: str, dhidden: bool = 
 
     def error(result: torch.Tensor) -> float:
         found = [0.0 if int(result) == M else math.inf]
-        if into is not None:
-            rows = of.sample(n)
-            exact = gradient.source[rows][:, gradient.kept].double() @ of.weight[gradient.kept].double()
-            found.append(_over(_rounded(of.dtype), into, rows, exact))
-        if total is not None:
-            columns = gradient.kept[of.sample(M)]
-            exact = gradient.source[:, columns].double().T @ hidden.double()
-            found.append(_over(FP32_BOUND, total, columns, exact))
+        found += [of_hidden(into)] if into is not None else []
+        found += [of_weight(total)] if total is not None else []
         return max(found)
 
-    moved = float(gradient.source.nbytes + gradient.coef.nbytes)
+    moved = float(source.nbytes + gradient.coef.nbytes)
     moved += (M * H + n * H) * size if dhidden else 0
     moved += n * H * size + 8.0 * M * H if dweight else 0
     return Work(
@@ -253,53 +249,27 @@ def filtered_work(of: Operands, gradient: Gradient, label: str, dhidden: bool = 
 def vendor_work(of: Operands, logits: Logits, gradient: Gradient) -> list[Work]:
     """The three products of a step as the GPU's path asks the vendor's library for them."""
     (n, V), H, size = gradient.source.shape, of.shape.H, of.dtype.itemsize
-    hidden, weight, grad, rows = of.hidden[:n], of.weight, gradient.memory, of.sample(n)
+    hidden, weight, grad, source = of.hidden[:n], of.weight, gradient.memory, gradient.source
     out, into, total = logits.memory, torch.empty_like(hidden), torch.empty(V, H, device=of.device)
-
-    def logits_error(result: torch.Tensor) -> float:
-        return _over(FP32_BOUND, result, rows, hidden[rows].double() @ weight.double().T)
-
-    def dhidden_error(result: torch.Tensor) -> float:
-        return _over(_rounded(of.dtype), result, rows, gradient.source[rows].double() @ weight.double())
-
-    def dweight_error(result: torch.Tensor) -> float:
-        columns = of.sample(V)
-        return _over(FP32_BOUND, result, columns, gradient.source[:, columns].double().T @ hidden.double())
+    rows, columns = of.sample(n), of.sample(V)
 
     def clean() -> None:
-        grad.copy_(gradient.source)
+        out.fill_(math.nan)
+        grad.copy_(source)
         total.zero_()
 
-    shape, operations = {"n": n, "H": H, "V": V}, 2.0 * n * H * V
+    def work(name: str, launch: Callable[[], Any], error: Callable[[Any], float], moved: float) -> Work:
+        return Work(f"vendor {name}", {"n": n, "H": H, "V": V}, launch, error, moved, 2.0 * n * H * V, prepare=clean)
+
+    of_logits = against(FP32_BOUND, rows, lambda: hidden[rows].double() @ weight.double().T)
+    of_hidden = against(of.rounded, rows, lambda: source[rows].double() @ weight.double())
+    of_weight = against(FP32_BOUND, columns, lambda: source[:, columns].double().T @ hidden.double())
     operands = float((n * H + V * H) * size)
+    summed = float((n * H + n * V) * size) + 8.0 * V * H
     return [
-        Work(
-            "vendor logits",
-            shape,
-            lambda: product_(out, hidden, weight.T),
-            logits_error,
-            operands + 4.0 * n * V,
-            operations,
-            prepare=lambda: out.fill_(math.nan),
-        ),
-        Work(
-            "vendor dhidden",
-            shape,
-            lambda: product_(into, grad, weight),
-            dhidden_error,
-            operands + float(n) * V * size,
-            operations,
-            prepare=clean,
-        ),
-        Work(
-            "vendor dweight",
-            shape,
-            lambda: product_(total, grad.T, hidden, add=True),
-            dweight_error,
-            float((n * H + n * V) * size) + 8.0 * V * H,
-            operations,
-            prepare=clean,
-        ),
+        work("logits", lambda: product_(out, hidden, weight.T), of_logits, operands + 4.0 * n * V),
+        work("dhidden", lambda: product_(into, grad, weight), of_hidden, operands + float(n) * V * size),
+        work("dweight", lambda: product_(total, grad.T, hidden, add=True), of_weight, summed),
     ]
 
 
@@ -315,12 +285,3 @@ def all_work(of: Operands) -> list[Work]:
         filtered_work(of, dense, "filtered_products, all"),
         *vendor_work(of, logits, dense),
     ]
-
-
-def _over(bound: float, result: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> float:
-    """The RMS error at some rows over its bound; infinite if any element of the whole result is not finite."""
-    return relative_error(result[rows], exact).rms / bound if bool(result.isfinite().all()) else math.inf
-
-
-def _rounded(dtype: torch.dtype) -> float:
-    return FP32_BOUND if dtype == torch.float32 else ROUNDED_BOUND

@@ -6,10 +6,8 @@ Shapes: N response tokens, V vocabulary, H hidden. Memory in bytes, time in seco
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,6 @@ import torch
 
 from benchmarks.providers import Functions, Missing, Provider
 from benchmarks.shapes import (
-    DTYPES,
     MODES,
     Case,
     Problem,
@@ -30,6 +27,7 @@ from benchmarks.shapes import (
     relative_error,
     response_lengths,
 )
+from benchmarks.timing import interleaved, memory_growth, quartiles, timed
 
 #: The shared error bound, relative: a provider past it is reported, but not ranked. Gradients and log-probabilities by
 #: their root mean square. Eager's bf16 logits (8 bits for numbers near 12) lie inside; TF32 products as fp32 do not.
@@ -38,7 +36,6 @@ BOUNDS = {
     "bf16": {"loss": 3e-2, "rest": 5e-2},
     "fp16": {"loss": 4e-3, "rest": 1e-2},
 }
-MIN_ROUNDS = 3
 SLOW = 10.0  # times the floor: one round of so slow a provider says enough, and more would take the others' time
 Emit = Callable[[dict[str, Any]], None]
 
@@ -51,7 +48,7 @@ def run_case(case: Case, providers: list[Provider], emit: Emit, seconds: float =
     """Rows of all providers, in order. ``emit`` hears which provider is at work and what came of it, at once.
 
     Each row holds the case, ``status`` ("ok", "missing", "failed", "out of bound") with its ``reason``, and what was
-    measured. ``seconds`` limits the timing; at least ``MIN_ROUNDS`` rounds run.
+    measured. ``seconds`` limits the timing.
     """
     deadline = time.monotonic() + seconds
     torch.manual_seed(case.seed)
@@ -148,110 +145,62 @@ def verdict(measured: dict[str, float], dtype: str) -> dict[str, str]:
 
 
 def peak_memory(functions: Functions, problem: Problem, mode: str) -> dict[str, Any]:
-    """Most bytes held during a step beyond what was there before and the gradients that it returns.
-
-    CUDA: torch's allocator, exact. CPU: the growth of the process's peak resident set (Linux's VmHWM, set back before
-    the step, with the heap's free pages given back first), which sees what every library takes, to about 1 MiB.
-    """
-    device = problem.hidden.device
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        results = step(functions, problem, mode)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError as error:
-            return {"memory_bytes": None, "memory_reason": f"the peak cannot be set back here: {error}"}
-        before = _resident("VmRSS")
-        results = step(functions, problem, mode)
-        peak = _resident("VmHWM")
-    return {"memory_bytes": max(0, peak - before - results.gradient_bytes)}
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
+    """Most bytes held during a step beyond those held before it and the gradients that it returns."""
+    returned: list[int] = []
+    growth = memory_growth(
+        lambda: returned.append(step(functions, problem, mode).gradient_bytes), problem.hidden.device
+    )
+    if growth is None:
+        return {"memory_bytes": None, "memory_reason": "the peak cannot be set back here"}
+    return {"memory_bytes": max(0, growth - returned[0])}
 
 
 def _time_interleaved(
     ready: dict[str, Functions], rows: dict[str, dict[str, Any]], problem: Problem, case: Case, emit: Emit, until: float
 ) -> None:
-    """Rounds in which every provider runs once, in a new order each time, after the device's own products.
+    """Every provider and the device's own products in turn; the products of the mode are the floor.
 
     A provider that takes ``SLOW`` times their floor, and more than a second, runs in the first round alone.
     """
-    device = problem.hidden.device
-    for row in rows.values():
-        row["seconds"] = []
-    products = Products(problem)
-    order, shuffle = list(ready), random.Random(case.seed)
-    products.measure()
-    for rounds in range(case.rounds):
-        if rounds >= MIN_ROUNDS and time.monotonic() > until:
-            break
-        shuffle.shuffle(order)
-        products.measure()
-        for name in list(order):
-            emit({"event": "provider", "name": name})
-            with _failures_into(rows[name], case):
-                rows[name]["seconds"].append(timed(partial(step, ready[name], problem, case.mode), device))
-            taken = rows[name].get("seconds") or [0.0]
-            if rows[name]["status"] == "failed" or taken[-1] > max(1.0, SLOW * products.floor(MODES[case.mode])):
-                order.remove(name)
-    floor = products.floor(MODES[case.mode])
-    for row in rows.values():
-        row["gemm_seconds"], row["floor_seconds"] = products.medians(), floor
+    device, units = problem.hidden.device, MODES[case.mode]
+    products, slow = products_of(problem), set[str]()
+    emit({"event": "provider", "name": None})
+    for product in products:
+        timed(product, device)  # warms up
+    limit = max(1.0, SLOW * sum(timed(product, device) for product in products[:units]))
+
+    def of_product(product: Callable[[], object]) -> float:
+        emit({"event": "provider", "name": None})
+        return timed(product, device)
+
+    def of_provider(name: str) -> float | None:
+        if name in slow:
+            return None
+        emit({"event": "provider", "name": name})
+        taken = None
+        with _failures_into(rows[name], case):
+            taken = timed(partial(step, ready[name], problem, case.mode), device)
+            slow.update([name] if taken > limit else [])
+        return taken
+
+    calls: dict[Any, Callable[[], float | None]] = {name: partial(of_provider, name) for name in ready}
+    calls |= {i: partial(of_product, product) for i, product in enumerate(products)}
+    seconds = interleaved(calls, case.rounds, until, case.seed)
+    gemm = [statistics.median(seconds[i]) for i in range(len(products))]
+    for name, row in rows.items():
+        row.update(seconds=seconds.get(name, []), gemm_seconds=gemm, floor_seconds=sum(gemm[:units]))
 
 
-class Products:
+def products_of(problem: Problem) -> list[Callable[[], object]]:
     """The three products of N x H x V by the vendor's library, in the operand dtype: the floor of this run."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.hidden, self.weight = problem.hidden, problem.weight
-        self.logits = self.hidden.new_empty(self.hidden.shape[0], self.weight.shape[0])
-        self.dhidden, self.dweight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
-        self.times: tuple[list[float], ...] = ([], [], [])
-
-    def measure(self) -> None:
-        """The first call warms up."""
-        device = self.hidden.device
-        found = (
-            timed(lambda: torch.mm(self.hidden, self.weight.T, out=self.logits), device),
-            timed(lambda: torch.mm(self.logits, self.weight, out=self.dhidden), device),
-            timed(lambda: torch.mm(self.logits.T, self.hidden, out=self.dweight), device),
-        )
-        if not hasattr(self, "warm"):
-            self.warm = True
-            return
-        for times, seconds in zip(self.times, found, strict=True):
-            times.append(seconds)
-
-    def medians(self) -> list[float]:
-        return [statistics.median(times) for times in self.times]
-
-    def floor(self, units: int) -> float:
-        return sum(self.medians()[:units])
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: by events on a CUDA device that has nothing else to do, by the clock elsewhere."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    hidden, weight = problem.hidden, problem.weight
+    logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    return [
+        lambda: torch.mm(hidden, weight.T, out=logits),
+        lambda: torch.mm(logits, weight, out=dhidden),
+        lambda: torch.mm(logits.T, hidden, out=dweight),
+    ]
 
 
 @contextlib.contextmanager
@@ -279,26 +228,9 @@ def finished(case: Case, row: dict[str, Any], facts: dict[str, Any]) -> dict[str
     shape = {"N": case.N, "H": case.H, "V": case.V, "S": sum(map(len, case.lengths)), "G": len(case.lengths)}
     named = {"suite": case.suite, "head": case.head, "device": case.device, "dtype": case.dtype, "mode": case.mode}
     row = {**named, "inputs": case.inputs, "softcap": case.softcap, **shape, **facts, **row}
-    seconds = row.pop("seconds", [])
-    if seconds:
-        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        row["ms"], row["ms_q1"], row["ms_q3"], row["rounds"] = median * 1e3, q1 * 1e3, q3 * 1e3, len(seconds)
-        row["over_floor"] = median / row["floor_seconds"]
+    row.update(quartiles(row.pop("seconds", [])))
+    if "ms" in row:
+        row["over_floor"] = row["ms"] / 1e3 / row["floor_seconds"]
     if "gemm_seconds" in row:
         row["gemm_tflops"] = [case.flops(1) / s / 1e12 if s > 0 else math.nan for s in row["gemm_seconds"]]
     return row
-
-
-def device_rates(device: str, dtype: str) -> dict[str, Any]:
-    """Rate of a large square product (TFLOP/s) and of a large copy (GB/s, bytes read plus written)."""
-    n, where = (8192, torch.device(device)) if device == "cuda" else (1536, torch.device(device))
-    a, b = (torch.randn(n, n, device=where).to(DTYPES[dtype]) for _ in range(2))
-    out, source = torch.empty_like(a), torch.ones((1 << 30) if device == "cuda" else (1 << 26), device=where)
-    target = torch.empty_like(source)
-    product = [timed(lambda: torch.mm(a, b, out=out), where) for _ in range(8)][2:]
-    copy = [timed(lambda: target.copy_(source), where) for _ in range(8)][2:]
-    return {
-        "dtype": dtype,
-        "matmul_tflops": 2.0 * n**3 / statistics.median(product) / 1e12,
-        "copy_gb_per_s": 2.0 * source.nbytes / statistics.median(copy) / 1e9,
-    }

@@ -86,6 +86,8 @@ def refuse_softcap(problem: Problem) -> None:
 
 def ours(problem: Problem, workspace_bytes: int | None = None, grad_filter_eps: float | None = None) -> Functions:
     path = choose_engine("auto", problem.hidden).name
+    if grad_filter_eps is not None and path != "triton":
+        raise Missing("the filter needs the Triton kernels")
     options: dict[str, Any] = {"softcap": problem.softcap}
     if workspace_bytes is not None:
         options["workspace_bytes"] = workspace_bytes

@@ -1,230 +1,109 @@
-"""Rows into files: JSON lines, Markdown tables, and a roofline plot."""
+"""The report of every benchmark: its options, the versions that it names, its tables and its files."""
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import importlib.metadata
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import DTYPES, MODES
+import torch
 
-Row = dict[str, Any]
-WHERE = (
-    "suite",
-    "head",
-    "device",
-    "dtype",
-    "mode",
-    "inputs",
-    "N",
-    "H",
-    "V",
-    "S",
-    "G",
-    "softcap",
-)  # rows of one interleaved run
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
-def append_row(path: Path, row: Row) -> None:
-    """One line, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def options(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark: ``--out`` and ``--dry-run``."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m {module}", description=description, formatter_class=form)
+    default = Path(os.environ.get("OUT") or RESULTS)
+    parser.add_argument("--out", type=Path, default=default, help="folder for the files (default: $OUT, or results/)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU: whether everything runs")
+    return parser
 
 
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def require_cuda(parser: argparse.ArgumentParser, dry_run: bool) -> torch.device:
+    """The device of a benchmark for GPUs. A dry run takes the CPU; kernels that are imported later are interpreted."""
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device here; --dry-run tries everything on a CPU with tiny shapes")
+    return torch.device("cpu" if dry_run else "cuda")
 
 
-def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the same case together, in the order in which they were measured."""
-    together: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        together.setdefault(tuple(row.get(name) for name in WHERE), []).append(row)
-    return list(together.values())
+def about_this_run(device: str) -> dict[str, Any]:
+    """Commit, versions, device and date: every row and every report names them."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()} ({torch.get_num_threads()} threads)"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"commit": commit(), "versions": versions, "device_name": name, "date": now}
 
 
-def markdown(rows: Sequence[Row], title: str) -> str:
-    """Everything as Markdown: errors over all cases in one table, then one table per case that was timed."""
-    about = next((row for row in rows if "versions" in row), None)
-    lines = [f"# {title}", ""]
-    if about:
-        lines = [*heading(title, about), ""]
-        for rates in {row["dtype"]: row["rates"] for row in rows if row.get("rates")}.values():
-            lines += [
-                f"This device in this run: {rates['matmul_tflops']:.3g} TFLOP/s in a square {rates['dtype']} product, "
-                f"{rates['copy_gb_per_s']:.4g} GB/s in a copy.",
-                "",
-            ]
-    if error_rows := [row for row in rows if row["suite"] == "errors"]:
-        lines += _error_table(error_rows)
-    for group in groups(row for row in rows if row["suite"] != "errors"):
-        lines += _case_table(group)
-    return "\n".join(lines) + "\n"
+def commit() -> str:
+    """The commit that is checked out, and whether code was changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "d2o_fast", "kernels", "benchmarks/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git history here)"
 
 
-def _error_table(rows: Sequence[Row]) -> list[str]:
-    """The largest error of each provider over all draws, beside eager's, by dtype and mode."""
-    lines = [
-        "## Errors against fp64, the largest over all cases",
-        "",
-        f"{len(groups(rows))} shapes and inputs, {len(rows)} rows. Relative: root mean square / largest entry.",
-        "",
-        "| dtype | mode | provider | loss | dhidden | dweight | log-probabilities | of a sequence, nats | not ok |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for dtype in DTYPES:
-        for mode in MODES:
-            here = [row for row in rows if row["dtype"] == dtype and row["mode"] == mode]
-            for provider in dict.fromkeys(row["provider"] for row in here):
-                mine = [row for row in here if row["provider"] == provider]
-                found = [row["errors"] for row in mine if "errors" in row]
-                cells = [_number(_most(found, "loss"))]
-                for name in ("dhidden", "dweight", "logps"):
-                    pair = (_number(_most(found, name)), _number(_most(found, f"{name}_largest")))
-                    cells.append(" / ".join(pair) if pair[0] else "")
-                cells.append(_number(_most(found, "sequence_nats")))
-                bad = "; ".join(f"{row['status']}: {row['reason']}" for row in mine if row["status"] != "ok")
-                lines.append("| " + " | ".join([dtype, mode, provider, *cells, bad]) + " |")
-    return [*lines, ""]
-
-
-def _most(found: Sequence[dict[str, float]], name: str) -> float | None:
-    values = [errors[name] for errors in found if name in errors]
-    return max(values) if values else None
-
-
-def ranking(group: Sequence[Row]) -> list[Row]:
-    """The rows that may be compared, fastest first: timed, the same loss, within the shared error bound."""
-    return sorted((row for row in group if row["status"] == "ok" and not row["reason"] and "ms" in row), key=_ms)
-
-
-def _ms(row: Row) -> float:
-    return float(row.get("ms", float("inf")))
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """One line per timed case: ours over the floor and over the best peer."""
-    lines = []
-    for group in groups(row for row in rows if "ms" in row):
-        first, ranked = group[0], ranking(group)
-        label = " ".join(str(first[name]) for name in ("head", "N", "dtype", "mode", "inputs"))
-        mine = next((row for row in group if row["provider"] == "ours"), None)
-        if mine is None or mine not in ranked:
-            lines.append(f"{label}: ours is not ranked")
-            continue
-        peers = [row for row in ranked if not row["provider"].startswith("ours")]
-        against = f", {mine['ms'] / peers[0]['ms']:.2f} x the best other, {peers[0]['provider']}" if peers else ""
-        lines.append(f"{label}: ours {mine['ms']:.4g} ms, {mine['over_floor']:.2f} x floor{against}")
-    return "\n".join(lines)
-
-
-def _case_table(group: Sequence[Row]) -> list[str]:
-    first = group[0]
-    size = ", ".join(f"{axis} = {first[axis]}" for axis in "NHVSG")
-    capped = f", softcap {first['softcap']}" if first.get("softcap") else ""
-    lines = [f"## {first['suite']}: {first['head']}, {first['dtype']}, {first['mode']}, {first['inputs']} inputs", ""]
-    entropy = f" Entropy {first['entropy_nats']:.1f} nats." if "entropy_nats" in first else ""
-    lines.append(f"{size}{capped}.{entropy}")
-    timed = next((row for row in group if "floor_seconds" in row), None)
-    if timed:
-        rates = ", ".join(f"{s * 1e3:.4g} ms ({t:.3g} TFLOP/s)" for s, t in _pairs(timed))
-        lines.append(f"The device's own products: {rates}; the floor is {timed['floor_seconds'] * 1e3:.4g} ms.")
-    if first.get("accumulator_bytes"):
-        lines.append(
-            f"Memory includes ours' fp32 accumulator of the weight, {first['accumulator_bytes'] / 2**20:.0f} MiB."
-        )
-    lines += [
-        "",
-        "| provider | ms (quartiles) | x floor | x ours | memory MiB | loss | dhidden | dweight | logps | remark |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    ours = next((row["ms"] for row in group if row["provider"] == "ours" and "ms" in row), None)
-    ranked = [row["provider"] for row in ranking(group)]
-    for row in sorted((row for row in group if row["status"] != "missing"), key=_ms):
-        place = f"{ranked.index(row['provider']) + 1}." if row["provider"] in ranked else ""
-        spread = f"{row['ms']:.4g} ({row['ms_q1']:.4g} - {row['ms_q3']:.4g})" if "ms" in row else ""
-        cells = [f"{place} {row['provider']}".strip(), spread]
-        cells += [f"{row['over_floor']:.2f}" if "ms" in row else ""]
-        cells += [f"{row['ms'] / ours:.2f}" if "ms" in row and ours else ""]
-        memory = row.get("memory_bytes")
-        cells += [f"{memory / 2**20:.0f}" if memory is not None else ""]
-        cells += [_number(row.get("errors", {}).get(name)) for name in ("loss", "dhidden", "dweight", "logps")]
-        status = "" if row["status"] == "ok" else f"**{row['status']}**: "
-        remark = status + (row["reason"] or row.get("memory_reason", "") or row.get("path", ""))
-        lines.append("| " + " | ".join([*cells, remark.replace("|", "/").replace("\n", " ")]) + " |")
-    if missing := "; ".join(f"{row['provider']}: {row['reason']}" for row in group if row["status"] == "missing"):
-        lines += ["", f"Missing: {missing}."]
-    return [*lines, ""]
-
-
-def _pairs(row: Row) -> list[tuple[float, float]]:
-    return list(zip(row["gemm_seconds"], row["gemm_tflops"], strict=True))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def heading(title: str, about: dict[str, Any], quick: bool = False) -> list[str]:
-    """Title, date, commit, machine and versions (``runner.about_this_run``)."""
+def heading(title: str, about: dict[str, Any], dry_run: bool = False) -> list[str]:
+    """Title, date, commit, machine and versions."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return [
-        f"# {title}{': a dry run, not a measurement' if quick else ''}",
+        f"# {title}{': a dry run, not a measurement' if dry_run else ''}",
         "",
         f"{about['date']}, commit {about['commit']}, {about['device_name']}; {versions}.",
+        "",
     ]
 
 
-def write(path: Path, lines: Sequence[str]) -> None:
-    """A report onto the screen and into a file."""
+def table(columns: str, rows: Iterable[Sequence[Any]]) -> list[str]:
+    """As Markdown. ``columns``: their titles between bars."""
+    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+    for row in rows:
+        cells = ["" if cell is None else str(cell).replace("|", "/").replace("\n", " ") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """Median and quartiles (``timing.quartiles``) for a cell."""
+    return f"{row['ms']:.4g} ({row['ms_q1']:.4g} - {row['ms_q3']:.4g})" if "ms" in row else ""
+
+
+def place(out: Path, name: str, device: str, dry_run: bool) -> Path:
+    """Where ``save`` puts a report; that of a dry run lies beside the measured one, and not in its place."""
+    return out / f"{name}-{device}{'-tiny' if dry_run else ''}"
+
+
+def save(path: Path, lines: Sequence[str], about: dict[str, Any], **content: Any) -> str:
+    """``path``.md with the report, and ``path``.json with the numbers behind it. Returns the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-
-
-def roofline(rows: Sequence[Row], path: Path) -> str | None:
-    """Plot useful TFLOP/s over intensity under the ceilings measured in the same run. Returns why not, if not.
-
-    Useful operations are those of the floor (3, 2 or 1 products of 2 N H V), whatever a provider computes; the bytes
-    are the fewest there are: inputs and gradients once.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        return f"matplotlib is not installed: {error}"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if "ms" in row and row.get("rates") and row["status"] == "ok"]
-    if not timed:
-        return "no provider was timed"
-    timed = [row for row in timed if row["dtype"] == timed[0]["dtype"]]
-    rates = timed[0]["rates"]
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in timed:
-        units, itemsize = MODES[row["mode"]], DTYPES[row["dtype"]].itemsize
-        operations = 2.0 * units * row["N"] * row["H"] * row["V"]
-        size = (row["N"] + row["V"]) * row["H"] * itemsize
-        moved = size * {"train": 2, "frozen": 1, "score": 1}[row["mode"]]
-        points.setdefault(row["provider"], []).append((operations / moved, operations / row["ms"] * 1e-9))
-    reach = [x for values in points.values() for x, _ in values]
-    xs = [min(reach) / 4, max(reach) * 2]
-    ridge = rates["matmul_tflops"] * 1e3 / rates["copy_gb_per_s"]
-    roof = sorted({*xs, ridge})
-    heights = [min(rates["matmul_tflops"], x * rates["copy_gb_per_s"] / 1e3) for x in roof]
-    axes.plot(
-        roof, heights, "k-", label=f"measured: {rates['matmul_tflops']:.3g} TFLOP/s, {rates['copy_gb_per_s']:.4g} GB/s"
-    )
-    for marker, (name, values) in zip("o^sDvPX*<>hp8d+x1" * 2, points.items(), strict=False):
-        axes.plot(*zip(*values, strict=True), marker, label=name, markersize=9 if name == "ours" else 6)
-    axes.set(xscale="log", yscale="log", xlabel="useful operations per byte that must move", ylabel="useful TFLOP/s")
-    axes.set_title(f"{timed[0]['device_name']}, {timed[0]['dtype']}, commit {timed[0]['commit']}")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return None
+    text = "\n".join(lines).rstrip() + "\n"
+    path.with_name(path.name + ".md").write_text(text, encoding="utf-8")
+    path.with_name(path.name + ".json").write_text(json.dumps({"about": about, **content}, indent=1) + "\n")
+    return text

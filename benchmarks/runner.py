@@ -5,61 +5,25 @@ python -m benchmarks.runner < plan.json      # the worker: one JSON object per l
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import torch
 
-from benchmarks.measure import DeviceLost, device_rates, finished, run_case
+from benchmarks.measure import DeviceLost, finished, run_case
 from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import Case
+from benchmarks.report import ROOT, about_this_run
+from benchmarks.shapes import DTYPES, Case
+from benchmarks.timing import device_rates
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 COMMAND = [sys.executable, "-m", "benchmarks.runner"]
 GRACE = 60.0  # seconds past its budget after which a worker is taken to hang
-
-
-def about_this_run(device: str) -> dict[str, Any]:
-    """Commit, versions, device and date: what every row names."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()} ({torch.get_num_threads()} threads)"
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"commit": commit(), "versions": versions, "device_name": name, "date": now}
-
-
-def commit() -> str:
-    """The commit that is checked out, and whether code was changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "d2o_fast", "kernels", "benchmarks/*.py")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (no git history here)"
 
 
 def run_cases(
@@ -79,63 +43,57 @@ def run_cases(
         keep(row)
 
     while index < len(cases):
-        worker = Worker(cases[index:], crashed, deadline - time.monotonic(), log)
-        for event in worker.events(deadline + GRACE):
-            if event["event"] == "row":
+        provider = failure = None
+        for event in worker_events(cases[index:], crashed, deadline, log):
+            if event["event"] == "provider":
+                provider = event["name"]
+            elif event["event"] == "row":
                 add(event["row"])
             elif event["event"] == "case done":
                 index += 1
-        if worker.failure is None:
+            else:
+                failure = event["reason"]
+        if failure is None:
             break
-        print(f"worker: {worker.failure} (provider {worker.provider})", file=log)
-        if worker.provider is None or worker.provider in crashed:  # not a provider's doing: this case cannot be run
+        print(f"worker: {failure} (provider {provider})", file=log)
+        if provider is None or provider in crashed:  # not a provider's doing: this case cannot be run
             for name in cases[index].providers:
-                add(finished(cases[index], {"provider": name, "status": "failed", "reason": worker.failure}, {}))
+                add(finished(cases[index], {"provider": name, "status": "failed", "reason": failure}, {}))
             index += 1
         else:
-            crashed[worker.provider] = worker.failure
+            crashed[provider] = failure
     return rows
 
 
-class Worker:
-    """One process that measures cases in turn. ``failure``: how it ended if not well; ``provider``: who was at work."""
+def worker_events(
+    cases: Sequence[Case], crashed: dict[str, str], deadline: float, log: TextIO
+) -> Iterator[dict[str, Any]]:
+    """What one process says that measures cases in turn; at last {"event": "failure"} if it dies or hangs."""
+    plan = {"cases": [case.to_json() for case in cases], "crashed": crashed, "seconds": deadline - time.monotonic()}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+    process = subprocess.Popen(COMMAND, cwd=ROOT, text=True, **pipes)
+    lines: queue.Queue[str | None] = queue.Queue()
 
-    def __init__(self, cases: Sequence[Case], crashed: dict[str, str], seconds: float, log: TextIO) -> None:
-        self.failure: str | None = None
-        self.provider: str | None = None
-        plan = {"cases": [case.to_json() for case in cases], "crashed": crashed, "seconds": seconds}
-        self.process = subprocess.Popen(
-            COMMAND, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(plan))
-        self.process.stdin.close()
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.put(line)
+        lines.put(None)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def events(self, until: float) -> Any:
-        """Events up to the worker's end; it is killed when the time is out."""
-        try:
-            while (line := self.lines.get(timeout=max(0.1, until - time.monotonic()))) is not None:
-                if not line.startswith('{"event"'):
-                    continue  # something a library printed
-                event = json.loads(line)
-                if event["event"] == "provider":
-                    self.provider = event["name"]
-                yield event
-            if self.process.wait() != 0:
-                self.failure = f"the process ended with code {self.process.returncode}"
-        except queue.Empty:
-            self.failure = "did not finish in time"
-        finally:
-            self.process.kill()
-            self.process.wait()
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(plan))
+        process.stdin.close()
+        while (line := lines.get(timeout=max(0.1, deadline + GRACE - time.monotonic()))) is not None:
+            if line.startswith('{"event"'):  # and is not something that a library printed
+                yield json.loads(line)
+        if process.wait() != 0:
+            yield {"event": "failure", "reason": f"the process ended with code {process.returncode}"}
+    except queue.Empty:
+        yield {"event": "failure", "reason": "did not finish in time"}
+    finally:
+        process.kill()
+        process.wait()
 
 
 def work(plan: dict[str, Any], out: TextIO) -> None:
@@ -152,7 +110,7 @@ def work(plan: dict[str, Any], out: TextIO) -> None:
         emit({"event": "provider", "name": None})
         about = about or about_this_run(case.device)
         if "time" in case.measure and case.dtype not in rates:
-            rates[case.dtype] = device_rates(case.device, case.dtype)
+            rates[case.dtype] = device_rates(torch.device(case.device), DTYPES[case.dtype])
         left = deadline - time.monotonic()
         rows = [
             finished(case, {"provider": name, "status": "failed", "reason": plan["crashed"][name] + " (earlier)"}, {})

@@ -1,21 +1,19 @@
 """Anchors per second: this package's samplers beside plain loops over ``generate``, on this CPU.
 
     python -m benchmarks.samplers             # three minutes on two idle cores
-    python -m benchmarks.samplers --quick     # everything once, in seconds; not a measurement
+    python -m benchmarks.samplers --dry-run   # everything once, in seconds; not a measurement
     python -m benchmarks.samplers --vllm /elsewhere/bin/vllm    # vLLM too, in an environment of its own
 
 All draw the same number of responses from one Llama with random weights, made on the spot, with the same number of
 threads; in every round each of them once, in an order of its own. Before any time is taken each must draw from the
 softmax: right counts, each response ended by EOS or by its length, first tokens as often as their probabilities say.
 
-Writes ``samplers-cpu.md``. K responses of one prompt.
+Writes samplers-cpu.json and .md. K responses of one prompt.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
 import os
 import random
@@ -24,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.report import heading, write
-from benchmarks.runner import RESULTS, about_this_run
+from benchmarks.report import about_this_run, heading, options, place, save, table
 from benchmarks.serving import transformers_serve, vllm_serve
+from benchmarks.timing import interleaved, quartiles
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
 from d2o_fast.sampling.generate import sample_responses
@@ -123,7 +122,7 @@ def ours(model: Any) -> Sampler:
 
 
 def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
-    """``sampling/server.py``, texts made into tokens again."""
+    """``server.py``, texts made into tokens again."""
     server = ServerSampler(url, name, CONCURRENCY, 120.0)
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
@@ -213,56 +212,56 @@ def gate(sampler: Sampler, model: Any, work: Work, num: int) -> str | None:
 
 def measure(model: Any, found: dict[str, Sampler | str], work: Work, rounds: int, num: int) -> list[dict[str, Any]]:
     """A row for each sampler: why it is not timed, or seconds and tokens of each round."""
-    rows, timed = dict[str, dict[str, Any]](), dict[str, Sampler]()
+    rows, calls = dict[str, dict[str, Any]](), dict[str, Callable[[], float]]()
+
+    def call(row: dict[str, Any], sampler: Sampler) -> float:
+        begin = time.perf_counter()
+        draws = sampler(work.prompts(), work.K, work.R, 100 + len(row["tokens"]))
+        seconds = time.perf_counter() - begin
+        row["tokens"].append(sum(len(response) for of_prompt in draws for response in of_prompt))
+        return seconds
+
     for name, sampler in found.items():
         reason = sampler if isinstance(sampler, str) else gate(sampler, model, work, num)
         rows[name] = {"sampler": name, "reason": reason, "seconds": [], "tokens": []}
         if reason is None and not isinstance(sampler, str):
-            timed[name] = sampler
-    shuffle, order = random.Random(0), list(timed)
-    for r in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            draws = timed[name](work.prompts(), work.K, work.R, 100 + r)
-            rows[name]["seconds"].append(time.perf_counter() - begin)
-            rows[name]["tokens"].append(sum(len(response) for of_prompt in draws for response in of_prompt))
+            calls[name] = partial(call, rows[name], sampler)
+    for name, seconds in interleaved(calls, rounds).items():
+        rows[name]["seconds"] = seconds
     return list(rows.values())
 
 
-def table(rows: Sequence[dict[str, Any]], work: Work) -> list[str]:
+def rates(rows: Sequence[dict[str, Any]], work: Work) -> list[str]:
     """As Markdown; a sampler that was not timed with its reason."""
-    lines = ["| sampler | anchors/s, median [quartiles] | tokens/s | over one prompt at a time |", "|---" * 4 + "|"]
-    rates = {row["sampler"]: [work.G * work.K / seconds for seconds in row["seconds"]] for row in rows}
-    base = next((rate for name, rate in rates.items() if "one prompt at a time" in name and rate), None)
+    cells = []
+    medians = {row["sampler"]: statistics.median(row["seconds"]) for row in rows if row["seconds"]}
+    base = next((median for name, median in medians.items() if "one prompt at a time" in name), None)
     for row in rows:
-        rate = rates[row["sampler"]]
-        if not rate:
-            lines.append(f"| {row['sampler']} | **not measured**: {row['reason']} | | |".replace("\n", " "))
+        if not row["seconds"]:
+            cells.append([row["sampler"], f"**not measured**: {row['reason']}", "", ""])
             continue
-        q1, median, q3 = statistics.quantiles(rate, n=4, method="inclusive") if len(rate) > 1 else rate * 3
+        seconds = quartiles(row["seconds"])
+        median, slow, fast = (1e3 * work.G * work.K / seconds[name] for name in ("ms", "ms_q3", "ms_q1"))
         tokens = statistics.median(t / s for t, s in zip(row["tokens"], row["seconds"], strict=True))
-        over = f"{median / statistics.median(base):.2f}" if base else ""
-        lines.append(f"| {row['sampler']} | {median:.1f} [{q1:.1f}, {q3:.1f}] | {tokens:.0f} | {over} |")
-    return lines
+        over = f"{base / medians[row['sampler']]:.2f}" if base else ""
+        cells.append([row["sampler"], f"{median:.1f} ({slow:.1f} - {fast:.1f})", f"{tokens:.0f}", over])
+    return table("sampler | anchors/s (quartiles) | tokens/s | over one prompt at a time", cells)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.samplers", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="everything once, in seconds; not a measurement")
+    parser = options("benchmarks.samplers", __doc__)
     parser.add_argument("--rounds", type=int, default=7, help="rounds, each with every sampler once")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where samplers-cpu.md goes")
     parser.add_argument("--vllm", metavar="COMMAND", help="the vllm command of a build for CPUs")
     args = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    work, rounds, num = (QUICK, 2, 100) if args.quick else (FULL, args.rounds, 500)
+    work, rounds, num = (QUICK, 2, 100) if args.dry_run else (FULL, args.rounds, 500)
     model, tokenizer = random_model(), word_tokenizer()
     with samplers(model, tokenizer, args.vllm) as found:
         rows = measure(model, found, work, rounds, num)
-    sizes = json.dumps(SIZES).strip("{}").replace('"', "").replace(":", "")
-    text = [
-        *heading("Samplers on a CPU", about_this_run("cpu"), args.quick),
+    about, sizes = about_this_run("cpu"), ", ".join(f"{name} {value}" for name, value in SIZES.items())
+    lines = [
+        *heading("Samplers on a CPU", about, args.dry_run),
         f"Llama with random weights, fp32: vocab_size {V}, {sizes}. {work.G} prompts of {work.P} tokens, K = {work.K} "
         f"responses of at most {work.R} tokens each; {rounds} rounds. A server is a process of its own with as many "
         "threads; `transformers serve` ignores `n`, so each response is a request there.",
@@ -270,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         f"tokens within {BOUND:g} standard deviations of the softmax. The machine's load average at the end, this work "
         f"included: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",
         "",
-        *table(rows, work),
+        *rates(rows, work),
     ]
-    write(args.output_dir / "samplers-cpu.md", text)
+    print(save(place(args.out, "samplers", "cpu", args.dry_run), lines, about, rows=rows))
     return 0 if all(row["seconds"] for row in rows) else 1
 
 

@@ -66,10 +66,6 @@ class Case:
     def N(self) -> int:
         return sum(map(sum, self.lengths))
 
-    @property
-    def label(self) -> str:
-        return f"{self.head} N={self.N} H={self.H} V={self.V} {self.dtype} {self.mode} {self.inputs}"
-
     def flops(self, units: int) -> float:
         """Operations of ``units`` products of N x H x V."""
         return 2.0 * units * self.N * self.H * self.V

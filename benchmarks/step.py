@@ -2,38 +2,28 @@
 
     python -m benchmarks.step                  # on this CPU
     python -m benchmarks.step --device cuda    # a model of 1B parameters with random weights, bf16 compute
-    python -m benchmarks.step --tiny           # everything once, in seconds; not a measurement
+    python -m benchmarks.step --dry-run        # everything once, in seconds; not a measurement
 
 All providers run the same model on the same prompts, interleaved, with a learning rate of 0, so that they keep
 computing the same thing; a step counts only if its loss and gradient norm are those of the padded one. Response rows
-alone reach the head and the references are known, for all of them. Beside it a table of what sharing changes in the
-numbers.
+alone reach the head and the references are known, for all of them.
 
 Shapes: P tokens of a prompt, R of a response, K anchors of one prompt, G prompts in a step, T tokens that are read.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import gc
-import json
 import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.equality import equality_rows, equality_table
-from benchmarks.measure import _resident, timed
-from benchmarks.report import heading, write
-from benchmarks.runner import RESULTS, about_this_run
+from benchmarks.report import about_this_run, heading, milliseconds, options, place, save, table
+from benchmarks.timing import interleaved, memory_growth, quartiles, timed
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example
 from d2o_fast.forward.attention import VarlenAttention
@@ -180,29 +170,11 @@ class Workload:
 # --- Measuring ------------------------------------------------------------------------------------------------------
 
 
-def memory_growth(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes held during ``function`` beyond those before it, gradients included; None where Linux does not say."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    function()
-    return max(0, _resident("VmHWM") - before)
-
-
 def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str, Any]]:
     """A row per provider: equal to the padded step first, then memory, then time in rounds of all, shuffled."""
     work = Workload(shape, device, tiny)
     rows: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[float]] = {}
+    ready: list[str] = []
     expected: tuple[float, float] | None = None
     bound = 1e-3 if device == "cpu" else 3e-2
     for name in reversed(PROVIDERS):  # the padded one first
@@ -215,21 +187,15 @@ def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str
                 row["status"] = f"out of bound: loss and norm {found} instead of {expected}"
                 continue
             row["memory_bytes"] = memory_growth(partial(work.step, name), work.device)
-            seconds[name] = []
+            ready.append(name)
         except torch.cuda.OutOfMemoryError:
             row["status"] = "out of memory"
             work.model.zero_grad()
             torch.cuda.empty_cache()
-    shuffle, order = random.Random(0), list(seconds)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            seconds[name].append(timed(partial(work.step, name), work.device))
-    for name, values in seconds.items():
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        data_tokens = work.tokens("unshared")
-        rows[name] |= {"ms": median * 1e3, "ms_q1": q1 * 1e3, "ms_q3": q3 * 1e3, "rounds": len(values)}
-        rows[name]["tokens_per_second"] = data_tokens / median
+    calls = {name: partial(timed, partial(work.step, name), work.device) for name in ready}
+    for name, seconds in interleaved(calls, rounds).items():
+        rows[name].update(quartiles(seconds))
+        rows[name]["tokens_per_second"] = work.tokens("unshared") / rows[name]["ms"] * 1e3
     return [rows[name] for name in PROVIDERS]
 
 
@@ -238,63 +204,38 @@ def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str
 
 def step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """As Markdown; ratios are the padded step's number over the provider's own."""
-    lines = [
-        "| P | R | K | G | lengths | provider | ms, median [quartiles] | faster than padded | fewer tokens "
-        "| data tokens/s | peak growth, MiB | less memory |",
-        "|---" * 12 + "|",
-    ]
-    for at in range(0, len(rows), len(PROVIDERS)):
-        group = rows[at : at + len(PROVIDERS)]
-        padded = group[-1]
-        for row in group:
-            cells = [*(str(row[name]) for name in "PRKG"), "ragged" if row["ragged"] else "even", row["provider"]]
-            if "ms" in row:
-                cells.append(f"{row['ms']:.1f} [{row['ms_q1']:.1f}, {row['ms_q3']:.1f}]")
-                cells.append(f"{padded['ms'] / row['ms']:.2f}" if "ms" in padded else "")
-            else:
-                cells += [f"**{row['status']}**", ""]
-            cells.append(f"{padded['T'] / row['T']:.2f}")
-            cells.append(f"{row['tokens_per_second']:,.0f}" if "ms" in row else "")
-            memory, most = row.get("memory_bytes"), padded.get("memory_bytes")
-            cells.append(f"{memory / 2**20:.0f}" if memory is not None else "")
-            cells.append(f"{most / memory:.2f}" if memory and most else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    columns = "P | R | K | G | lengths | provider | ms (quartiles) | faster than padded | fewer tokens | data tokens/s"
+    cells = []
+    for row in rows:
+        padded = next(r for r in rows if r["provider"] == "padded" and all(r[n] == row[n] for n in (*"PRKG", "ragged")))
+        faster = f"{padded['ms'] / row['ms']:.2f}" if "ms" in padded and "ms" in row else ""
+        rate = f"{row['tokens_per_second']:,.0f}" if "ms" in row else ""
+        memory, most = row.get("memory_bytes"), padded.get("memory_bytes")
+        growth = ["", ""] if memory is None else [f"{memory / 2**20:.0f}", f"{most / memory:.2f}" if most else ""]
+        shape = [*(row[name] for name in "PRKG"), "ragged" if row["ragged"] else "even", row["provider"]]
+        time_taken = milliseconds(row) or f"**{row['status']}**"
+        cells.append([*shape, time_taken, faster, f"{padded['T'] / row['T']:.2f}", rate, *growth])
+    return table(f"{columns} | peak growth, MiB | less memory", cells)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser = options("benchmarks.step", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="everything once, in seconds; not a measurement")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
-    parser.add_argument("--out", type=Path, default=None, help="where the two files go, without their endings")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --tiny tries everything on the CPU")
-    rounds = 2 if args.tiny else args.rounds
-    begin, rows = time.monotonic(), list[dict[str, Any]]()
-    for shape in shapes(args.device, args.tiny):
+        parser.error("no CUDA device here; --dry-run tries everything on the CPU")
+    rounds = 2 if args.dry_run else args.rounds
+    rows = list[dict[str, Any]]()
+    for shape in shapes(args.device, args.dry_run):
         print(shape, flush=True)
-        rows += measure(shape, args.device, args.tiny, rounds)
-    equality = equality_rows(args.device, ("llama", "gemma2, window") if args.tiny else None)
-    about = {**about_this_run(args.device), "seconds": round(time.monotonic() - begin)}
-    sizes = MODELS["tiny" if args.tiny else args.device]
+        rows += measure(shape, args.device, args.dry_run, rounds)
+    about = about_this_run(args.device)
+    sizes = MODELS["tiny" if args.dry_run else args.device]
     model = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    text = heading("A training step with shared prompts", about, args.tiny)
-    text += [f"Llama with random weights: {model}.", "", *step_table(rows), ""]
-    text += [
-        "## What sharing changes in the numbers",
-        "",
-        "Largest relative errors; of the gradients, the parameter's that",
-    ]
-    text += [
-        "is worst off. fp64 against one sequence at a time, other types against padded rows in the same type; beside"
-    ]
-    text += ["it both ways' distance from fp64 (log-probabilities, gradients).", "", *equality_table(equality)]
-    out = args.out or RESULTS / f"step-{args.device}{'-tiny' if args.tiny else ''}"
-    write(out.with_suffix(".md"), text)
-    content = {"about": about, "rows": rows, "equality": equality}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = heading("A training step with shared prompts", about, args.dry_run)
+    lines += [f"Llama with random weights: {model}.", "", *step_table(rows)]
+    print(save(place(args.out, "step", args.device, args.dry_run), lines, about, rows=rows))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

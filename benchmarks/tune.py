@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import os
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.kernels import Stopwatch, checked
-from benchmarks.measure import MIN_ROUNDS
-from benchmarks.runner import RESULTS, ROOT, about_this_run
+from benchmarks.report import ROOT, about_this_run, heading, options, require_cuda, save, table
 from benchmarks.shapes import DTYPES
+from benchmarks.timing import interleaved
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cases import Operands, Work
@@ -45,6 +44,33 @@ ENTRIES += "forward fp32, dhidden fp32, dweight fp32"
 COMPILING = 0.4  # at most this share of the time
 Tile = Any  # a named tuple of the kernel's own module
 Table = dict[Any, Tile]
+
+
+def tiles(kind: Any, text: str) -> tuple[Tile, ...]:
+    return tuple(kind(*map(int, numbers.split())) for numbers in text.split(", "))
+
+
+# BLOCK_N, BLOCK_V, BLOCK_H, warps, stages, and row tiles side by side where not the default.
+FORWARD = (
+    "128 256 64 8 3, 128 256 64 8 4 4, 128 256 64 8 4 8, 128 256 64 8 4 24, 128 256 32 8 6, "
+    "128 256 128 8 2, 256 128 64 8 4, 256 128 64 8 3, 128 128 64 8 5, 128 128 64 4 5, 128 128 128 8 3, "
+    "64 256 64 4 4"
+)
+MIXED = "128 128 32 8 4, 64 128 64 8 3, 128 256 32 8 3, 64 256 32 8 3, 64 128 64 4 3, 128 64 64 4 4"
+FORWARD_FP32 = "64 64 16 8 4, 128 64 16 8 3, 64 128 16 8 3, 128 128 16 8 3, 128 64 32 8 3, 64 64 32 4 3"
+# BLOCK_V, warps.
+ROWS = "1024 4, 2048 4, 2048 8, 4096 16, 8192 8, 8192 16, 16384 16"
+# Rows and columns of the result, the step along the sum, warps, stages.
+DHIDDEN = (
+    "128 256 64 8 4, 128 256 64 8 3, 128 256 32 8 6, 256 128 64 8 4, 128 128 64 8 5, 128 128 64 4 5, "
+    "128 128 64 4 3, 128 128 128 8 4, 64 256 64 4 4"
+)
+DWEIGHT = (
+    "128 256 64 8 4, 128 256 32 8 6, 128 256 32 8 4, 128 128 64 8 5, 128 128 64 8 3, 128 128 128 8 2, "
+    "128 128 32 8 5, 64 256 64 8 4, 64 128 64 4 4"
+)
+PRODUCT_ODD = "64 64 32 8 3, 128 128 32 8 3, 64 128 32 8 3, 128 64 64 8 3, 128 128 64 8 3, 64 64 64 4 3"
+PRODUCT_FP32 = "64 64 32 8 3, 64 64 16 8 4, 128 64 16 8 4, 64 128 16 8 4, 128 128 16 8 3, 64 64 32 4 3"
 
 
 @dataclass(frozen=True)
@@ -128,8 +154,8 @@ def entries(device: torch.device) -> list[Entry]:
         works = [cases.filtered_work(of, gradient, label, **asked) for label, gradient in gradients.items()]
         operand = of.weight if which == "dhidden" else of.hidden
         kind = products.product_kind(next(iter(gradients.values())).memory, operand)
-        table = products.DHIDDEN_TILES if which == "dhidden" else products.DWEIGHT_TILES
-        return table, (architecture(of.device), kind), works
+        read = products.DHIDDEN_TILES if which == "dhidden" else products.DWEIGHT_TILES
+        return read, (architecture(of.device), kind), works
 
     both = (forward.linear_logprob_tma_kernel, forward.linear_logprob_kernel)
     dhidden, dweight = partial(product, "dhidden"), partial(product, "dweight")
@@ -137,112 +163,42 @@ def entries(device: torch.device) -> list[Entry]:
     large, odd, capped, qwen = ("llama-3.1-8b", "qwen2.5-0.5b"), ("gpt2",), ("gemma-2-2b",), ("qwen2.5-0.5b",)
     vocabularies = ("llama-3.1-8b", "gpt2", "gemma-2-2b")
     one_entry = architecture(device) in forward.DESCRIPTOR_TILES  # with a softcap and without
-    plan: list[tuple[str, tuple[Any, ...], tuple[str, ...], tuple[str, str], Any, tuple[tuple[int, ...], ...], Any]] = [
-        ("forward", both, large + capped if one_entry else large, alike, forward.Tile, FORWARD, scoring),
-        ("stats", (rows.logit_stats_kernel,), vocabularies, alike, rows.RowTile, ROWS, partial(row, "stats")),
-        ("grad", (rows.logit_grad_kernel,), vocabularies, alike, rows.RowTile, ROWS, partial(row, "grad")),
-        ("dhidden", (products.dhidden_kernel,), large, alike, products.ProductTile, DHIDDEN, dhidden),
-        ("dweight", (products.dweight_kernel,), large, alike, products.ProductTile, DWEIGHT, dweight),
-        ("dhidden odd", (products.dhidden_kernel,), odd, alike, products.ProductTile, PRODUCT_ODD, dhidden),
-        ("dweight odd", (products.dweight_kernel,), odd, alike, products.ProductTile, PRODUCT_ODD, dweight),
-        ("forward mixed", both, ("llama-3.2-1b",), mixed, forward.Tile, MIXED, scoring),
-        ("forward fp32", both, odd, fp32, forward.Tile, FORWARD_FP32, scoring),
-        ("dhidden fp32", (products.dhidden_kernel,), qwen, fp32, products.ProductTile, PRODUCT_FP32, dhidden),
-        ("dweight fp32", (products.dweight_kernel,), qwen, fp32, products.ProductTile, PRODUCT_FP32, dweight),
+    stats, grad = (rows.logit_stats_kernel,), (rows.logit_grad_kernel,)
+    hidden, weight = (products.dhidden_kernel,), (products.dweight_kernel,)
+    Forward, Row, Product = forward.Tile, rows.RowTile, products.ProductTile
+    plan = [
+        Entry("forward", both, large + capped if one_entry else large, alike, tiles(Forward, FORWARD), scoring),
+        Entry("stats", stats, vocabularies, alike, tiles(Row, ROWS), partial(row, "stats")),
+        Entry("grad", grad, vocabularies, alike, tiles(Row, ROWS), partial(row, "grad")),
+        Entry("dhidden", hidden, large, alike, tiles(Product, DHIDDEN), dhidden),
+        Entry("dweight", weight, large, alike, tiles(Product, DWEIGHT), dweight),
+        Entry("dhidden odd", hidden, odd, alike, tiles(Product, PRODUCT_ODD), dhidden),
+        Entry("dweight odd", weight, odd, alike, tiles(Product, PRODUCT_ODD), dweight),
+        Entry("forward mixed", both, ("llama-3.2-1b",), mixed, tiles(Forward, MIXED), scoring),
+        Entry("forward fp32", both, odd, fp32, tiles(Forward, FORWARD_FP32), scoring),
+        Entry("dhidden fp32", hidden, qwen, fp32, tiles(Product, PRODUCT_FP32), dhidden),
+        Entry("dweight fp32", weight, qwen, fp32, tiles(Product, PRODUCT_FP32), dweight),
     ]
     if not one_entry:
-        plan.insert(1, ("forward capped", both, capped, alike, forward.Tile, FORWARD, scoring))
-    small = {forward.Tile: (16, 64, 32, 4, 1, 2), rows.RowTile: (1024, 4), products.ProductTile: (16, 64, 32, 4, 1)}
-    found = []
-    for name, kernels, heads, dtypes, kind, numbers, at in plan:
-        if device.type != "cuda":
-            heads, numbers = heads[-1:], (small[kind],)
-        found.append(Entry(name, kernels, heads, dtypes, tuple(kind(*values) for values in numbers), at))
-    return found
-
-
-# BLOCK_N, BLOCK_V, BLOCK_H, warps, stages, and row tiles side by side where not the default.
-FORWARD = (
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4, 4),
-    (128, 256, 64, 8, 4, 8),
-    (128, 256, 64, 8, 4, 24),
-    (128, 256, 32, 8, 6),
-    (128, 256, 128, 8, 2),
-    (256, 128, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-    (128, 128, 64, 8, 5),
-    (128, 128, 64, 4, 5),
-    (128, 128, 128, 8, 3),
-    (64, 256, 64, 4, 4),
-)
-MIXED = (
-    (128, 128, 32, 8, 4),
-    (64, 128, 64, 8, 3),
-    (128, 256, 32, 8, 3),
-    (64, 256, 32, 8, 3),
-    (64, 128, 64, 4, 3),
-    (128, 64, 64, 4, 4),
-)
-FORWARD_FP32 = (
-    (64, 64, 16, 8, 4),
-    (128, 64, 16, 8, 3),
-    (64, 128, 16, 8, 3),
-    (128, 128, 16, 8, 3),
-    (128, 64, 32, 8, 3),
-    (64, 64, 32, 4, 3),
-)
-# BLOCK_V, warps.
-ROWS = ((1024, 4), (2048, 4), (2048, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16))
-# Rows and columns of the result, the step along the sum, warps, stages.
-DHIDDEN = (
-    (128, 256, 64, 8, 4),
-    (128, 256, 64, 8, 3),
-    (128, 256, 32, 8, 6),
-    (256, 128, 64, 8, 4),
-    (128, 128, 64, 8, 5),
-    (128, 128, 64, 4, 5),
-    (128, 128, 64, 4, 3),
-    (128, 128, 128, 8, 4),
-    (64, 256, 64, 4, 4),
-)
-DWEIGHT = (
-    (128, 256, 64, 8, 4),
-    (128, 256, 32, 8, 6),
-    (128, 256, 32, 8, 4),
-    (128, 128, 64, 8, 5),
-    (128, 128, 64, 8, 3),
-    (128, 128, 128, 8, 2),
-    (128, 128, 32, 8, 5),
-    (64, 256, 64, 8, 4),
-    (64, 128, 64, 4, 4),
-)
-PRODUCT_ODD = (
-    (64, 64, 32, 8, 3),
-    (128, 128, 32, 8, 3),
-    (64, 128, 32, 8, 3),
-    (128, 64, 64, 8, 3),
-    (128, 128, 64, 8, 3),
-    (64, 64, 64, 4, 3),
-)
-PRODUCT_FP32 = (
-    (64, 64, 32, 8, 3),
-    (64, 64, 16, 8, 4),
-    (128, 64, 16, 8, 4),
-    (64, 128, 16, 8, 4),
-    (128, 128, 16, 8, 3),
-    (64, 64, 32, 4, 3),
-)
+        plan.insert(1, Entry("forward capped", both, capped, alike, tiles(Forward, FORWARD), scoring))
+    if device.type == "cuda":
+        return plan
+    small = {Forward: "16 64 32 4 1 2", Row: "1024 4", Product: "16 64 32 4 1"}
+    kinds = [type(one.candidates[0]) for one in plan]
+    return [
+        replace(one, heads=one.heads[-1:], candidates=tiles(kind, small[kind]))
+        for one, kind in zip(plan, kinds, strict=True)
+    ]
 
 
 @contextlib.contextmanager
-def using(table: Table, key: Any, tile: Tile) -> Iterator[None]:
+def using(known: Table, key: Any, tile: Tile) -> Iterator[None]:
     """Inside, the launcher finds ``tile``."""
-    before, table[key] = table[key], tile
+    before, known[key] = known[key], tile
     try:
         yield
     finally:
-        table[key] = before
+        known[key] = before
 
 
 def spilled(kernels: Sequence[Any], device: torch.device) -> int:
@@ -274,39 +230,37 @@ def tune(entry: Entry, watch: Stopwatch, until: float, rounds: int = ROUNDS) -> 
     for head in entry.heads:
         if found is not None and time.monotonic() > until:
             break
-        table, key, works = entry.at(operands(entry, head, watch.device))
+        read, key, works = entry.at(operands(entry, head, watch.device))
         if found is None:
-            name = next(name for name, known in tables().items() if known is table)
-            found = Found(name, key, table[key])
+            found = Found(next(name for name, known in tables().items() if known is read), key, read[key])
         assert key == found.key, f"{head} reads {key}, not {found.key}"
         for work in works:
             tiles = [tile for tile in dict.fromkeys((found.present, *entry.candidates)) if tile not in found.out]
             for tile in tiles:
-                with using(table, key, tile):
+                with using(read, key, tile):
                     late = tile != found.present and time.monotonic() > until
                     reason = "not reached in time" if late else refused(entry, work, watch.device)
                 if reason:
                     found.out[tile] = reason
             tiles = [tile for tile in tiles if tile not in found.out]
-            found.ms[f"{head}, {work.kernel}"] = timed_in_turn(table, key, tiles, work, watch, until, rounds)
-        del table, works
+            found.ms[f"{head}, {work.kernel}"] = timed_in_turn(read, key, tiles, work, watch, until, rounds)
+        del read, works
         gc.collect()
     assert found is not None
     return found
 
 
 def timed_in_turn(
-    table: Table, key: Any, tiles: Sequence[Tile], work: Work, watch: Stopwatch, until: float, rounds: int
+    known: Table, key: Any, tiles: Sequence[Tile], work: Work, watch: Stopwatch, until: float, rounds: int
 ) -> dict[Tile, float]:
     """Median milliseconds of each tile; the first round, which may load the kernel, does not count."""
-    seconds: dict[Tile, list[float]] = {tile: [] for tile in tiles}
-    for done in range(rounds + 1):
-        if done > MIN_ROUNDS and time.monotonic() > until:
-            break
-        for tile in tiles:
-            with using(table, key, tile):
-                seconds[tile].append(watch.seconds(work))
-    return {tile: statistics.median(taken[1:]) * 1e3 for tile, taken in seconds.items()}
+
+    def seconds(tile: Tile) -> float:
+        with using(known, key, tile):
+            return watch.seconds(work)
+
+    found = interleaved({tile: partial(seconds, tile) for tile in tiles}, rounds + 1, until)
+    return {tile: statistics.median(taken[1:]) * 1e3 for tile, taken in found.items()}
 
 
 def operands(entry: Entry, head: str, device: torch.device) -> Operands:
@@ -323,9 +277,9 @@ def compile_part(part: int, parts: int) -> None:
     """
     for entry in entries(torch.device("cuda")):
         for head in entry.heads:
-            table, key, works = entry.at(operands(entry, head, torch.device("cuda")))
-            for tile in dict.fromkeys((table[key], *entry.candidates)[part::parts]):
-                with contextlib.suppress(Exception), using(table, key, tile):
+            read, key, works = entry.at(operands(entry, head, torch.device("cuda")))
+            for tile in dict.fromkeys((read[key], *entry.candidates)[part::parts]):
+                with contextlib.suppress(Exception), using(read, key, tile):
                     works[0].prepare()
                     works[0].launch()
                     torch.cuda.synchronize()
@@ -358,28 +312,25 @@ def literal(key: Any, tile: Tile) -> str:
     return f"    {name}: {type(tile).__name__}({', '.join(map(str, values))}),"
 
 
-def markdown(about: dict[str, Any], found: Sequence[Found]) -> str:
+def markdown(about: dict[str, Any], found: Sequence[Found], dry_run: bool) -> list[str]:
     """A table per entry, and at the end the lines to paste."""
-    title = "Tile configurations" if about["measured"] else "Dry run on a CPU: not a measurement"
-    where = f"{about['date']}, commit {about['commit']}, {about['device_name']}, {about['architecture']}"
-    lines = [f"# {title}", "", f"{where}; triton {about['versions']['triton']}. Milliseconds, medians."]
+    lines = [*heading("Tile configurations", about, dry_run), f"{about['architecture']}. Milliseconds, medians."]
     for one in found:
-        scores, winner = one.scores(), one.winner()
-        lines += ["", f"## {one.table}, {one.key}", ""]
-        lines += [f"| tile | {' | '.join(one.ms)} | over the fastest | |", f"|---|{'--:|' * len(one.ms)}--:|---|"]
+        scores, winner, rows = one.scores(), one.winner(), list[list[str]]()
         for tile in sorted(scores, key=scores.__getitem__):
             remark = ", ".join(word for word, of in (("winner", winner), ("present", one.present)) if tile == of)
             cells = [f"{column[tile]:.4g}" for column in one.ms.values()]
-            lines.append(f"| {', '.join(map(str, tile))} | {' | '.join(cells)} | {scores[tile]:.3f} | {remark} |")
+            rows.append([", ".join(map(str, tile)), *cells, f"{scores[tile]:.3f}", remark])
+        columns = f"tile | {' | '.join(one.ms)} | over the fastest | "
+        lines += ["", f"## {one.table}, {one.key}", "", *table(columns, rows)]
         lines += [f"\nOut: {', '.join(map(str, tile))}: {reason}" for tile, reason in one.out.items()]
     changed = [one for one in found if one.winner() != one.present]
     lines += ["", "## To paste", ""] if changed else ["", "Nothing to paste: every present configuration stays."]
     for name in dict.fromkeys(one.table for one in changed):
-        module, table = name.split(".")
-        lines += [f"kernels/{module}.py, {table}:", "", "```python"]
-        lines += [literal(one.key, one.winner()) for one in changed if one.table == name]
-        lines += ["```", ""]
-    return "\n".join(lines).rstrip() + "\n"
+        module, variable = name.split(".")
+        pasted = [literal(one.key, one.winner()) for one in changed if one.table == name]
+        lines += [f"kernels/{module}.py, {variable}:", "", "```python", *pasted, "```", ""]
+    return lines
 
 
 def as_json(one: Found) -> dict[str, Any]:
@@ -393,32 +344,22 @@ def as_json(one: Found) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.tune", description="Tile configurations by measurement.")
+    parser = options("benchmarks.tune", __doc__)
     parser.add_argument("--seconds", type=float, default=540.0, help="time for everything")
     parser.add_argument("--only", choices=ENTRIES.split(", "), metavar="ENTRY", help=f"one of: {ENTRIES}")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), help="folder for the files")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted on a CPU")
     parser.add_argument("--compile", help=argparse.SUPPRESS)  # a process of compile_ahead: part/parts
     args = parser.parse_args(argv)
-    if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device here; --dry-run tries everything on a CPU with tiny shapes")
+    device = require_cuda(parser, args.dry_run)
     if args.compile:
         compile_part(*map(int, args.compile.split("/")))
         return 0
     from d2o_fast.kernels.common import architecture
 
-    deadline, device = time.monotonic() + args.seconds, torch.device("cpu" if args.dry_run else "cuda")
+    deadline = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.dry_run:
         compile_ahead(COMPILING * args.seconds, args.out / "compile.log")
-    about = {
-        **about_this_run(device.type),
-        "measured": not args.dry_run,
-        "architecture": architecture(device),
-    }
-    path = args.out / f"{datetime.date.today()}-tiles-{about['architecture']}.json"
+    about, text = {**about_this_run(device.type), "architecture": architecture(device)}, ""
     watch, found = Stopwatch(device), list[Found]()
     plan = [entry for entry in entries(device) if args.only in (None, entry.name)]
     for i, entry in enumerate(plan):
@@ -427,9 +368,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"not reached in time: {len(plan) - i} of {len(plan)} entries")
             break
         found.append(tune(entry, watch, time.monotonic() + left / (len(plan) - i), 1 if args.dry_run else ROUNDS))
-        path.write_text(json.dumps({"about": about, "entries": [as_json(one) for one in found]}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(about, found))
-    print(markdown(about, found))
+        lines, numbers = markdown(about, found, args.dry_run), [as_json(one) for one in found]
+        text = save(args.out / f"tiles-{about['architecture']}", lines, about, entries=numbers)
+    print(text)
     return 0 if found else 1
 
 

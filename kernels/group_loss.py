@@ -9,7 +9,7 @@ Shapes: n packed response tokens, S responses, G prompts, K anchors of one promp
     dloss/dlogp_negative =  (alpha * gate * sigmoid(-z) + negative_weight) / num_prompts
     dloss/dlogp_anchor   = -(beta * gate * sigmoid(-z) + anchor_weight) / (K * num_prompts)
 
-``d2o_fast.reference.Margin`` says which losses these are.
+``d2o_fast.loss.reference.Margin`` says which losses these are.
 """
 
 from __future__ import annotations

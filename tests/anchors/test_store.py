@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.data import SHARD, K, write_store
 from d2o_fast.anchors import shards
 from d2o_fast.anchors.inspection import export, inspect
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
+from made_data import SHARD, K, write_store
 from stores import build
 from tiny import tiny_rows
 

@@ -7,21 +7,26 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import runner
+from benchmarks import gpu, runner, timing
+from benchmarks.loss_report import markdown, ranking, roofline, wrong
 from benchmarks.measure import peak_memory, run_case
 from benchmarks.providers import PROVIDERS, Functions, Missing, Provider, group_loss, ours
-from benchmarks.report import markdown, ranking, read_rows, roofline
 from benchmarks.shapes import Case, Problem, equal_lengths, exact_results, make_problem, mixed_lengths, relative_error
 from benchmarks.suites import EVERYONE, SUITES, cases_of
 from d2o_fast.loss.reference import d2o_loss, naive_d2o_loss, sequence_logps
 from paths import ROOT
 
 CASE = Case("test", "tiny", equal_lengths(2, 3), 24, 301, "fp32", measure=("errors",))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def ignore(event: dict) -> None:
@@ -85,6 +90,23 @@ def spoiled(change: str) -> Provider:
     return Provider(f"wrong {change}", make)
 
 
+def test_the_timing_loop_runs_everybody_in_every_round() -> None:
+    ran: list[str] = []
+
+    def call(name: str, last: int = 99) -> float | None:
+        ran.append(name)
+        return float(ran.count(name)) if ran.count(name) <= last else None
+
+    calls = {name: partial(call, name, last) for name, last in (("a", 99), ("b", 99), ("twice", 2))}
+    seconds = timing.interleaved(calls, rounds=12)
+    assert seconds == {"a": [*range(1, 13)], "b": [*range(1, 13)], "twice": [1, 2]}
+    assert all(set(ran[i : i + 3]) == set(calls) for i in (0, 3, 6))
+    assert {tuple(ran[i : i + 2]) for i in range(9, 27, 2)} == {("a", "b"), ("b", "a")}, "the order changes"
+    assert [len(taken) for taken in timing.interleaved({"a": lambda: 1.0}, 6, until=0.0).values()] == [3]
+    assert timing.quartiles([0.003, 0.001, 0.002]) == pytest.approx({"ms": 2, "ms_q1": 1.5, "ms_q3": 2.5, "rounds": 3})
+    assert timing.quartiles([]) == {}
+
+
 def test_the_gate_keeps_wrong_results_out_of_the_ranking() -> None:
     case = dataclasses.replace(CASE, measure=("errors", "time"))
     providers = [PROVIDERS["ours"], *(spoiled(change) for change in ("gradient", "loss", "nan", "head"))]
@@ -96,8 +118,11 @@ def test_the_gate_keeps_wrong_results_out_of_the_ranking() -> None:
     assert rows["wrong head"]["status"] == "failed"
     assert "dweight was not returned" in rows["wrong head"]["reason"]
     assert [row["provider"] for row in ranking(list(rows.values()))] == ["ours"]
+    assert wrong(list(rows.values())) == []
+    assert wrong([{**rows["wrong loss"], "provider": "ours"}, {**rows["ours"], "status": "not run"}]) == ["ours"]
+    assert wrong([{**rows["wrong head"], "provider": "ours-staged"}]) == ["ours-staged"]
     assert rows["wrong gradient"]["ms"] > 0  # reported, though not ranked
-    table = markdown(list(rows.values()), "gate")
+    table = "\n".join(markdown(list(rows.values()), "gate"))
     assert "**out of bound**: error of dhidden" in table
     assert "| 1. ours" in table
     assert "| 2. " not in table
@@ -114,7 +139,7 @@ def test_every_provider_takes_part_or_says_why_not(dtype: str, mode: str) -> Non
         assert row["status"] == "ok" or row["reason"]
     taking_part = {row["provider"] for row in rows if row["status"] == "ok"}
     assert {"ours", "ours-two-pass", "ours-staged", "naive"} <= taking_part
-    table = markdown(rows, "everyone")
+    table = "\n".join(markdown(rows, "everyone"))
     assert all(name in table for name in names)
 
 
@@ -124,7 +149,7 @@ def test_a_missing_provider_stands_in_the_table_with_its_reason() -> None:
 
     rows = run_case(CASE, [PROVIDERS["naive"], Provider("fast", make)], ignore)
     assert [row["status"] for row in rows] == ["ok", "missing"]
-    assert "Missing: fast: not installed: No module named 'fast'." in markdown(rows, "missing")
+    assert "Missing: fast: not installed: No module named 'fast'." in "\n".join(markdown(rows, "missing"))
 
 
 def test_peak_memory_sees_what_a_step_holds_and_nothing_else() -> None:
@@ -189,7 +214,7 @@ def test_cases_survive_the_way_to_their_worker() -> None:
 def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
     environment = dict(os.environ)
     commands = {
-        "cpu": ["-m", "benchmarks", "--tiny", "--suite", "cpu-loss", "--suite", "memory"],
+        "cpu": ["-m", "benchmarks", "--dry-run", "--suite", "cpu-loss", "--suite", "memory"],
         "gpu": ["-m", "benchmarks.gpu", "--dry-run", "--skip-tests"],
     }
     running = {
@@ -223,10 +248,14 @@ def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
     timed = [row for row in results["rows"] if row["suite"] == "gpu" and row["provider"] == "ours"]
     assert len(timed) == len(cases_of("gpu", "cpu", tiny=True))
     assert all(row["status"] == "ok" and row["ms"] > 0 and row["over_floor"] > 0 for row in timed)
-    assert results["about"]["step"] == "done", (out / "worker.log").read_text()
-    assert "| shared |" in (out / "step.md").read_text()
+    assert results["about"]["step"] == results["about"]["kernels"] == "done", (out / "worker.log").read_text()
+    table = (out / "table.md").read_text()
+    assert table.startswith("# The fused D2O loss: a dry run, not a measurement")
+    assert "| shared |" in table
+    assert "| logit_grad |" in table
+    assert {row["provider"] for row in results["step"]["rows"]} == {"shared", "unshared", "padded"}
+    assert all(row["status"] == "ok" for row in results["kernels"]["rows"])
     assert len(list(out.iterdir())) <= 8
-    assert "not a measurement" in (out / "table.md").read_text()
     if results["about"]["plot"] == "roofline.png":
         assert (out / "roofline.png").stat().st_size > 10_000
     else:
@@ -236,6 +265,44 @@ def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
 def test_a_plot_of_nothing_says_so(tmp_path: Path) -> None:
     assert roofline([], tmp_path / "plot.png") is not None
     assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "dry_run", "passed"),
+    [
+        ("pass", False, True),
+        ("assert False", False, False),
+        ("pytest.skip()", False, False),
+        ("pytest.skip()", True, True),
+    ],
+    ids=["passes", "fails", "nothing ran on a GPU", "nothing ran in a dry run"],
+)
+def test_the_gpu_commands_exit_status_tells_of_its_tests(
+    body: str, dry_run: bool, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repository with a single test; the other stages go well."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one():\n    {body}\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "run_cases", lambda *arguments: [{"status": "ok", "provider": "ours"}])
+    monkeypatch.setattr(gpu, "run_stage", lambda *arguments: ("done", {}, ""))
+    monkeypatch.setattr(gpu, "markdown", lambda *arguments: [])
+    assert gpu.run_all(tmp_path, "cpu", dry_run, False, 1.0) == (0 if passed else 1)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stage", "code"),
+    [(["ok"], "done", 0), (["ok", "out of bound"], "done", 1), ([], "done", 1), (["ok"], "ended with code 1", 1)],
+)
+def test_the_gpu_commands_exit_status_tells_of_its_stages(
+    statuses: list[str], stage: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"provider": "ours", "status": status} for status in statuses]
+    monkeypatch.setattr(gpu, "run_cases", lambda *arguments: rows)
+    monkeypatch.setattr(gpu, "run_stage", lambda *arguments: (stage, {}, ""))
+    monkeypatch.setattr(gpu, "markdown", lambda *arguments: [])
+    assert gpu.run_all(tmp_path, "cpu", True, True, 1.0) == code
 
 
 def test_the_gpu_command_refuses_to_pretend() -> None:

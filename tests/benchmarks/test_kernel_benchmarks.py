@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, kernel_cases, tune
-from benchmarks.kernels import Stopwatch, measure, row_of, under_ncu
+from benchmarks.kernels import Stopwatch, measure, profile, row_of
 from benchmarks.shapes import HEADS
 from d2o_fast.kernels import filtered_products, linear_logprob, logit_grad
 from d2o_fast.kernels.logit_grad import ROW_TILES, RowTile
@@ -49,7 +49,7 @@ def operands() -> kernel_cases.Operands:
 def test_every_kernel_has_a_row_with_its_floor(tmp_path: Path) -> None:
     done = run("kernels", "--dry-run", "--head", "gemma-2-2b", "--rounds", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*-kernels-cpu-tiny.json")
+    path = tmp_path / "kernels-cpu-tiny.json"
     results = json.loads(path.read_text())
     rates, rows = results["rates"], results["rows"]
     names = ["linear_logprob", "logit_stats", "logit_grad", "group_loss"]
@@ -132,15 +132,21 @@ def test_a_wrong_kernel_gets_no_number(operands) -> None:
     assert [len(taken) for taken in seconds] == [2, 0, 0, 0]
 
 
-def test_ncu_profiles_one_kernel_and_keeps_its_text(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert under_ncu("logit_grad", "gpt2", "bf16", tmp_path) == 1
-    assert "ncu is not on the PATH" in capsys.readouterr().err
-    program(tmp_path, "ncu", 'while [ "$1" != --log-file ]; do shift; done; echo "Speed Of Light $*" > "$2"')
-    assert under_ncu("logit_grad", "gpt2", "bf16", tmp_path) == 0
-    text = (tmp_path / "ncu-logit-grad.txt").read_text()
-    assert text == capsys.readouterr().out.rstrip("\n") + "\n"
-    assert "--profile logit_grad --head gpt2" in text
+def test_a_profiler_sees_the_second_launch_alone(operands, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
+    right = kernel_cases.logit_stats_work(operands, kernel_cases.Logits(operands))
+
+    def launch() -> object:
+        seen.append("launch")
+        return right.launch()
+
+    profile([dataclasses.replace(right, launch=launch)])
+    assert seen == ["launch", "start", "launch", "stop"]
+    with pytest.raises(RuntimeError, match=r"logit_stats: its error is .* times the bound"):
+        profile([dataclasses.replace(right, error=lambda result: 2.0)])
 
 
 # ------------------------------------------------------------------------------------------------ tile configurations
@@ -149,7 +155,7 @@ def test_ncu_profiles_one_kernel_and_keeps_its_text(tmp_path: Path, monkeypatch,
 def test_tuning_writes_lines_to_paste(tmp_path: Path) -> None:
     done = run("tune", "--dry-run", "--only", "grad", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*-tiles-interpreter.json")
+    path = tmp_path / "tiles-interpreter.json"
     (entry,) = json.loads(path.read_text())["entries"]
     assert (entry["table"], entry["key"]) == ("logit_grad.ROW_TILES", ["interpreter", "grad"])
     assert [one["tile"] for one in entry["tiles"]] == [[4096, 8], [1024, 4]]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import step
-from benchmarks.equality import equality_rows, random_examples
 from benchmarks.step import PROVIDERS, Shape, Workload, measure, step_table
 from d2o_fast.forward.batch import pack
 
@@ -58,20 +57,12 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 def test_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     one = [Shape(P=8, R=4, K=1, G=1, ragged=False)]
     monkeypatch.setattr(step, "shapes", lambda *args: one)
-    assert step.main(["--tiny", "--out", str(tmp_path / "step")]) == 0
-    content: dict[str, Any] = json.loads((tmp_path / "step.json").read_text())
+    assert step.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    content: dict[str, Any] = json.loads((tmp_path / "step-cpu-tiny.json").read_text())
     assert [row["provider"] for row in content["rows"]] == list(PROVIDERS)
     assert all(row["ms"] > 0 and row["rounds"] == 2 for row in content["rows"])
     assert content["about"]["versions"]["torch"] == torch.__version__
-    text = (tmp_path / "step.md").read_text()
+    text = (tmp_path / "step-cpu-tiny.md").read_text()
     assert "a dry run, not a measurement" in text
     assert f"| {24 / 16:.2f} |" in text  # (8 + 4) * 2 tokens padded, 8 + 2 * 4 shared
     assert text.strip() in capsys.readouterr().out
-
-
-def test_equality_rows_are_small_where_they_must_be() -> None:
-    assert [len(example.responses()) for example in random_examples()] == [4, 3, 12]
-    rows = {row["dtype"]: row for row in equality_rows(names=["mistral, window"])}
-    assert max(rows["fp64"]["logps"], rows["fp64"]["gradients"]) < 1e-12
-    assert max(rows["fp32"]["logps"], rows["fp32"]["gradients"]) < 1e-4
-    assert rows["bf16"]["shared_from_fp64_gradients"] < 2 * rows["bf16"]["apart_from_fp64_gradients"]

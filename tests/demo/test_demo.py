@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import online, toy
 from d2o_fast.cli import main
 from d2o_fast.data.reading import read_rows
 from d2o_fast.demo import baselines, run, world
@@ -259,61 +258,3 @@ def test_the_demo_can_be_run_again(demo, capsys) -> None:
     out = capsys.readouterr().out
     assert re.search(r"method +harmful +helpful +garbage", out)
     assert f"Report: {demo / 'report.html'}" in out
-
-
-# --- The toy study ------------------------------------------------------------------------------------------------
-
-
-def test_the_toy_study_runs_every_method(tmp_path, capsys) -> None:
-    assert toy.main(["--quick", "--seeds", "5", "--output_dir", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "toy-study.json").read_text())
-    assert [entry["method"] for entry in report["runs"]] == list(toy.NAMES)
-    for entry in report["runs"]:
-        assert entry["seed"] == 5
-        assert entry["curve"][-1] == [entry["num_steps"], entry["test"]]
-        assert sum(entry["test"].values()) == pytest.approx(1.0)
-        if entry["method"] == "d2o-fixed":
-            assert entry["grid"] == []
-            continue
-        score = {
-            (run["learning_rate"], run["num_steps"]): run["validation"]["helpful"] - run["validation"]["harmful"]
-            for run in entry["grid"]
-        }
-        assert len(score) == 2
-        assert score[entry["learning_rate"], entry["num_steps"]] == max(score.values())
-    table = (tmp_path / "toy-study.md").read_text()
-    assert table in capsys.readouterr().out
-    for name in toy.NAMES.values():
-        assert f"\n| {name} |" in table
-
-
-# --- The online study ---------------------------------------------------------------------------------------------
-
-
-def test_the_online_study_runs_and_continues(tmp_path, capsys) -> None:
-    arguments = ["--quick", "--seeds", "5", "--output_dir", str(tmp_path)]
-    assert online.main(arguments) == 0
-    path = tmp_path / "online-study.json"
-    report = json.loads(path.read_text())
-    assert [(run["variant"]["refresh_every"], run["seed"]) for run in report["runs"]] in (
-        [(0, 5), (4, 5)],
-        [(4, 5), (0, 5)],
-    )
-    for entry in report["runs"]:
-        assert [step for step, _ in entry["curve"]] == [0, 10, 12]
-        assert all(sum(shares.values()) == pytest.approx(1.0) for _, shares in entry["curve"])
-    assert (tmp_path / "online-study.png").read_bytes().startswith(b"\x89PNG")
-    table = (tmp_path / "online-study.md").read_text()
-    assert table in capsys.readouterr().out
-    assert "\n| frozen, anchor_weight 0 |" in table
-    first = report["runs"].pop(0)
-    path.write_text(json.dumps(report))
-    assert online.main(arguments) == 0  # makes the one that is missing, to the same shares
-    again = json.loads(path.read_text())["runs"]
-    assert [run["variant"] for run in again] == [report["runs"][0]["variant"], first["variant"]]
-    assert again[1]["curve"] == first["curve"]
-
-
-def test_an_interval_is_student_s_t() -> None:
-    assert online.interval([3.0]) == 0.0
-    assert online.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.963, abs=1e-3)

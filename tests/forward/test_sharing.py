@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.equality import MODELS, build, errors, fp64_throughout, logps_and_gradients, single_sequences
 from d2o_fast.arguments import parse
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example
@@ -23,6 +22,7 @@ from d2o_fast.forward.hook import EAGER, SharingRefused, install
 from d2o_fast.forward.sharing import choose_sharing
 from d2o_fast.model.parts import decoder_of
 from helpers import relative_errors
+from sharing_cases import MODELS, build, errors, fp64_throughout, logps_and_gradients, random_examples, single_sequences
 
 EXAMPLES = [
     Example([3, 4, 5, 6, 7, 8], [9, 10, 2], [[11, 12, 13, 14, 15, 16, 17, 18, 2], [19, 2], [2]], [-1.0] * 4),
@@ -52,6 +52,32 @@ def test_log_probabilities_and_all_gradients_are_those_of_single_sequences(name:
     logps, gradients = largest_errors(model, [EXAMPLES])
     assert logps < 1e-13
     assert gradients < 1e-12
+
+
+def distances_from_fp64(name: str, dtype: torch.dtype, device: str) -> list[tuple[float, float]]:
+    """``errors`` of padded rows and of shared prompts in one type, against single sequences in fp64."""
+    kind, extra = MODELS[name]
+    examples, model = random_examples(), build(kind, **extra).to(device)
+    with fp64_throughout():
+        exact = single_sequences(copy.deepcopy(model).double(), examples)
+    install(model)
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        return [errors(logps_and_gradients(model, [examples], shared), exact) for shared in (False, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral, window", "gemma2, window", "phi3"])
+def test_sharing_adds_no_rounding_to_that_of_the_type(name: str, dtype: torch.dtype) -> None:
+    factor = 4 if dtype == torch.float32 else 2  # the largest of a few errors of 1e-7 varies with the machine
+    for padded, shared in zip(*distances_from_fp64(name, dtype, "cpu"), strict=True):
+        assert shared < factor * padded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma2, window"])
+def test_sharing_on_a_gpu_adds_no_rounding_to_that_of_the_type(name: str) -> None:
+    for padded, shared in zip(*distances_from_fp64(name, torch.bfloat16, "cuda"), strict=True):
+        assert shared < 2 * padded
 
 
 def test_micro_batches_and_their_order_change_nothing(fp64: None) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from benchmarks.samplers import chi_square_excess
-from benchmarks.serving import Proxy, free_port, transformers_serve
+from benchmarks.serving import free_port, transformers_serve
 from d2o_fast.anchors.build import build_store
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.store import AnchorStore
@@ -33,6 +33,7 @@ from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.sampling import server as server_module
 from d2o_fast.sampling.protocol import Draw, Sampling, ServerPrompt, request_seed, tokenize_drawn
 from d2o_fast.sampling.server import ServerSampler
+from server_proxy import Proxy
 from stores import contents, naive_logp
 from tiny import VOCAB_SIZE, next_token, peaked_model, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 

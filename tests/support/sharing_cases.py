@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.shapes import relative_error
 from d2o_fast.data.row import Example
 from d2o_fast.forward.batch import pack, pack_shared, response_hidden
-from d2o_fast.forward.hook import install
 from d2o_fast.loss.reference import naive_linear_logprob
 from d2o_fast.model.parts import base_of, head_of
+from helpers import relative_errors
 
 SMALL: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61},
@@ -127,7 +126,7 @@ def errors(
 ) -> tuple[float, float]:
     """Largest relative error of the log-probabilities, and of the parameter gradient that is worst off."""
     assert found[1].keys() == true[1].keys()
-    return relative_error(found[0], true[0])[0], max(relative_error(found[1][n], true[1][n])[0] for n in true[1])
+    return relative_errors(found[0], true[0])[0], max(relative_errors(found[1][n], true[1][n])[0] for n in true[1])
 
 
 def random_examples(seed: int = 0) -> list[Example]:
@@ -141,50 +140,3 @@ def random_examples(seed: int = 0) -> list[Example]:
         Example(tokens(prompt), tokens(chance.randint(1, 40)), [tokens(chance.randint(1, 40)) for _ in range(k)], [])
         for prompt, k in ((1, 3), (24, 2), (48, 11))
     ]
-
-
-def equality_rows(device: str = "cpu", names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """A row per model and type: what sharing changes, and for comparison what the type itself changes.
-
-    fp64 against one sequence at a time; fp32, bf16 and fp16 (autocast over fp32 weights) against padded rows in the
-    same type, beside the padded rows' own distance from fp64.
-    """
-    rows, examples = [], random_examples()
-    for name in names or MODELS:
-        kind, extra = MODELS[name]
-        model = build(kind, **extra).to(device)
-        install(model)
-        with fp64_throughout():
-            exact = single_sequences(model.double(), examples)
-            rows.append(_row(name, "fp64", errors(logps_and_gradients(model, [examples], shared=True), exact), None))
-        model = build(kind, **extra).to(device)
-        install(model)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-                apart, together = (logps_and_gradients(model, [examples], shared=shared) for shared in (False, True))
-            label = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-            rows.append(_row(name, label, errors(together, apart), errors(apart, exact), errors(together, exact)))
-    return rows
-
-
-def _row(name: str, dtype: str, sharing: tuple[float, float], *rounding: Any) -> dict[str, Any]:
-    row = {"model": name, "dtype": dtype, "logps": sharing[0], "gradients": sharing[1]}
-    for label, pair in zip(("apart_from_fp64", "shared_from_fp64"), rounding, strict=False):
-        if pair is not None:
-            row[f"{label}_logps"], row[f"{label}_gradients"] = pair
-    return row
-
-
-def equality_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """As Markdown."""
-    lines = [
-        "| model | dtype | log-probabilities | gradients | unshared to fp64 | shared to fp64 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [f"{row['model']}", row["dtype"], f"{row['logps']:.1e}", f"{row['gradients']:.1e}"]
-        for label in ("apart_from_fp64", "shared_from_fp64"):
-            known = f"{label}_logps" in row
-            cells.append(f"{row[f'{label}_logps']:.1e}, {row[f'{label}_gradients']:.1e}" if known else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
