@@ -139,11 +139,13 @@ def run_all(out: Path, device: str, dry_run: bool, skip_tests: bool, seconds: fl
         cases = cases_of("errors", device, tiny=True) + cases_of("gpu", device, dry_run)
         rows = run_cases(cases, seconds, lambda row: append_row(out / "rows.jsonl", row), log)
         done("loss", f"{len(rows)} rows")
-        arguments = ["--head", "llama-3.1-8b", "--seconds", "40", *tiny]
-        kernels, kernel_rows, kernel_text = run_stage("kernels", device, arguments, log, KERNEL_SECONDS)
+        arguments = ["--head", "llama-3.1-8b", "--seconds", str(seconds if dry_run else 40.0), *tiny]
+        limit = seconds if dry_run else KERNEL_SECONDS
+        kernels, kernel_rows, kernel_text = run_stage("kernels", device, arguments, log, limit)
         done("kernels", kernels)
         arguments = ["--device", device, "--rounds", "3", *tiny]
-        step, step_rows, step_text = run_stage("step", device, arguments, log, STEP_SECONDS)
+        limit = seconds if dry_run else STEP_SECONDS
+        step, step_rows, step_text = run_stage("step", device, arguments, log, limit)
         done("step", step)
     plot = roofline(rows, out / "roofline.png") or "roofline.png"
     ours = ", ".join(wrong(rows)) or "all within their error bounds"
@@ -163,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(out=Path(os.environ.get("OUT") or RESULTS / f"gpu-{time.strftime('%Y-%m-%d-%H%M%S')}"))
     parser.add_argument("--skip-tests", action="store_true", help="the benchmarks alone")
     parser.add_argument("--sanitize", action="store_true", help="small tests under compute-sanitizer, nothing else")
-    parser.add_argument("--seconds", type=float, default=LOSS_SECONDS, help="time for the loss suite")
+    parser.add_argument(
+        "--seconds", type=float, default=LOSS_SECONDS, help="time for the loss suite; in a dry run for each stage"
+    )
     args = parser.parse_args(argv)
     device = require_cuda(parser, args.dry_run).type
     sanitizer = shutil.which("compute-sanitizer")

@@ -8,15 +8,21 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+PATIENCE = 600.0  #: seconds that a server may take for anything: nobody waits for them but where it hangs
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile; a server that is told of it can listen there (SO_REUSEADDR)."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def transformers_serve(log: Path, threads: int = 1) -> contextlib.AbstractContextManager[str]:
@@ -26,10 +32,10 @@ def transformers_serve(log: Path, threads: int = 1) -> contextlib.AbstractContex
         log: where its output goes.
 
     Raises:
-        RuntimeError: it is not installed (the extra ``test``), ends, or does not answer within two minutes.
+        RuntimeError: it is not installed (the extra ``test``), ends, or does not answer within ten minutes.
     """
     program = Path(sys.executable).parent / "transformers"
-    return _served([str(program), "serve", "--device", "cpu"], log, threads, 120)
+    return _served([str(program), "serve", "--device", "cpu"], log, threads)
 
 
 def vllm_serve(program: str, model: Path, log: Path, threads: int = 1) -> contextlib.AbstractContextManager[str]:
@@ -40,16 +46,21 @@ def vllm_serve(program: str, model: Path, log: Path, threads: int = 1) -> contex
         log: where its output goes.
 
     Raises:
-        RuntimeError: it cannot be started, ends, or does not answer within five minutes.
+        RuntimeError: it cannot be started, ends, or does not answer within ten minutes.
     """
     command = [program, "serve", str(model), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     # A prompt that is read in two parts kills vLLM 0.32 on a CPU if its request has a seed: read all at once.
-    return _served([*command, "--max-num-batched-tokens", "32768"], log, threads, 300)
+    return _served([*command, "--max-num-batched-tokens", "32768"], log, threads)
 
 
 @contextlib.contextmanager
-def _served(command: list[str], log: Path, threads: int, patience: float) -> Iterator[str]:
-    port, name = free_port(), " ".join([Path(command[0]).name, command[1]])
+def _served(command: list[str], log: Path, threads: int) -> Iterator[str]:
+    with reserved_port() as port:
+        yield from _on_port(port, command, log, threads)
+
+
+def _on_port(port: int, command: list[str], log: Path, threads: int) -> Iterator[str]:
+    name = " ".join([Path(command[0]).name, command[1]])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # the latter in GiB
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
@@ -59,7 +70,7 @@ def _served(command: list[str], log: Path, threads: int, patience: float) -> Ite
     except OSError as error:
         raise RuntimeError(f"{name} cannot be started: {error}") from error
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + patience
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
                 break
@@ -71,4 +82,4 @@ def _served(command: list[str], log: Path, threads: int, patience: float) -> Ite
         yield url
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)

@@ -1,11 +1,15 @@
-"""Where the tests run: the kernels on CUDA if there is a device, otherwise interpreted on the CPU.
+"""Where the tests run: in one thread; the kernels on CUDA if there is a device, otherwise interpreted on the CPU.
 
-The variable must be set before anything imports Triton, which reads it while the kernels are being defined.
+The variables are for this process and for all that the tests start. Torch reads the number of threads when it is
+imported, Triton whether to interpret while the kernels are being defined.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes: the number of threads decides the order of sums
+# The number of threads decides the order of sums, and processes are compared by their bits.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import torch
 
@@ -14,7 +18,16 @@ if not torch.cuda.is_available():
 
 import pytest
 
-torch.set_num_threads(1)  # a worker's torch may have been imported before
+
+@pytest.fixture(autouse=True)
+def _the_logger_is_put_back() -> Iterator[None]:
+    """A command that a test calls sets the package's logger up for good, and later tests would not hear it."""
+    logger = logging.getLogger("d2o_fast")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")

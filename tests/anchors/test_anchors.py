@@ -37,6 +37,7 @@ from d2o_fast.forward.hook import install
 from d2o_fast.model.identity import weights_digest
 from d2o_fast.model.parts import decoder_of
 from d2o_fast.sampling.generate import sample_responses
+from helpers import DEADLINE
 from stores import CHAT_ROW, CONFIG, build, contents, naive_logp
 from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
@@ -371,7 +372,7 @@ def _run(model_folder: str, folder: Path, die_at: int = 0, tear: bool = False) -
     counter = FORK.Value("i", 0)
     process = FORK.Process(target=_build_and_die, args=(model_folder, str(folder), die_at, tear, counter))
     process.start()
-    process.join(120)
+    process.join(DEADLINE)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode, counter.value
 

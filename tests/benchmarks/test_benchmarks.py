@@ -20,6 +20,7 @@ from benchmarks.providers import PROVIDERS, Functions, Missing, Provider, group_
 from benchmarks.shapes import Case, Problem, equal_lengths, exact_results, make_problem, mixed_lengths, relative_error
 from benchmarks.suites import EVERYONE, SUITES, cases_of
 from d2o_fast.loss.reference import d2o_loss, naive_d2o_loss, sequence_logps
+from helpers import DEADLINE
 from paths import ROOT
 
 CASE = Case("test", "tiny", equal_lengths(2, 3), 24, 301, "fp32", measure=("errors",))
@@ -181,7 +182,7 @@ def test_a_provider_that_kills_its_process_loses_its_own_rows_only(
     cases = [dataclasses.replace(CASE, head=head, providers=("naive", "crash", "ours")) for head in ("a", "b")]
     kept: list[dict] = []
     with (tmp_path / "log").open("w") as log:
-        rows = runner.run_cases(cases, 60.0, kept.append, log)
+        rows = runner.run_cases(cases, DEADLINE, kept.append, log)
     assert kept == rows
     assert sorted((row["head"], row["provider"], row["status"]) for row in rows) == [
         ("a", "crash", "failed"),
@@ -212,23 +213,21 @@ def test_cases_survive_the_way_to_their_worker() -> None:
 
 
 def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
-    environment = dict(os.environ)
     commands = {
         "cpu": ["-m", "benchmarks", "--dry-run", "--suite", "cpu-loss", "--suite", "memory"],
         "gpu": ["-m", "benchmarks.gpu", "--dry-run", "--skip-tests"],
     }
     running = {
         name: subprocess.Popen(
-            [sys.executable, *command, "--out", str(tmp_path / name)],
+            [sys.executable, *command, "--out", str(tmp_path / name), "--seconds", str(DEADLINE)],
             cwd=ROOT,
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for name, command in commands.items()
     }
-    printed = {name: process.communicate(timeout=900)[0] for name, process in running.items()}
+    printed = {name: process.communicate(timeout=DEADLINE)[0] for name, process in running.items()}
     for name, process in running.items():
         assert process.returncode == 0, printed[name]
 

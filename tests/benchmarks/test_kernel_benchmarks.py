@@ -18,15 +18,16 @@ from benchmarks.kernels import Stopwatch, measure, profile, row_of
 from benchmarks.shapes import HEADS
 from d2o_fast.kernels import filtered_products, linear_logprob, logit_grad
 from d2o_fast.kernels.logit_grad import ROW_TILES, RowTile
+from helpers import DEADLINE
 from paths import ROOT
 
 LATER = float("inf")
 
 
 def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--seconds", str(DEADLINE)]
     environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE)
 
 
 def program(folder: Path, name: str, script: str) -> Path:

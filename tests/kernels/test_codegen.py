@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from helpers import DEADLINE
 from paths import SUPPORT
 
 TABLE = SUPPORT / "codegen_table.py"
@@ -20,7 +21,7 @@ def rows() -> list[dict]:
     """Compiled in a process of its own: interpreted kernels, which the other tests use, cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(TABLE), "--json"], env=environment, capture_output=True, text=True, timeout=1800
+        [sys.executable, str(TABLE), "--json"], env=environment, capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+from helpers import DEADLINE
 from paths import ROOT, SUPPORT
 
 CASES = SUPPORT / "kernel_offsets.py"
@@ -14,7 +15,7 @@ CASES = SUPPORT / "kernel_offsets.py"
 def test_offsets_beyond_32_bits() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -21,6 +21,7 @@ from d2o_fast.data.row import Example
 from d2o_fast.forward.batch import pack, response_hidden
 from d2o_fast.loss.reference import D2OOutput, naive_d2o_loss
 from d2o_fast.model.parts import decoder_of, head_of
+from helpers import DEADLINE
 from ops_cases import problem
 from paths import ROOT, SUPPORT
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
@@ -130,7 +131,7 @@ def test_trl_dpo_trainer_computes_the_same_loss(tmp_path: Path) -> None:
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SUPPORT)}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

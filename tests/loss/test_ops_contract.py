@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -223,23 +223,40 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(logps, linear_logprob(p.hidden, p.weight, p.targets))
 
 
+@pytest.fixture
+def matmul_precision() -> Iterator[Any]:
+    """torch's setting for fp32 products on a CPU, put back at the end."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    yield setting
+    setting.fp32_precision = before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_reduced_precision_allowed_elsewhere_stays_elsewhere(dtype: torch.dtype) -> None:
+def test_reduced_precision_allowed_elsewhere_stays_elsewhere(dtype: torch.dtype, matmul_precision: Any) -> None:
     """oneDNN may be told to multiply fp32 as bf16, by the user or by us for bf16 inputs; fp32 and fp16 never are."""
     p = problem([[40, 60]], V=501, H=256)
     exact = run(naive_d2o_loss, p, torch.float64, through=dtype)
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    try:
-        setting.fp32_precision = "bf16"
-        rounding = relative_errors(p.hidden @ p.weight.T, p.hidden.double() @ p.weight.double().T)[1]
-        found = run(fused_d2o_loss, p, dtype)
-    finally:
-        setting.fp32_precision = before
-    if rounding < 1e-4:
-        pytest.skip("this CPU has no bf16 products, so oneDNN multiplies fp32 exactly whatever it may do")
+    matmul_precision.fp32_precision = "bf16"
+    matters = relative_errors(p.hidden @ p.weight.T, p.hidden.double() @ p.weight.double().T)[1] > 1e-4
+    found = run(fused_d2o_loss, p, dtype)
+    assert matmul_precision.fp32_precision == "bf16"
     assert relative_errors(found["logps"], exact["logps"])[1] < 1e-6
     assert relative_errors(found["dweight"], exact["dweight"])[1] < (3e-6 if dtype == torch.float32 else 4e-4)
+    if not matters:
+        pytest.skip("oneDNN does not multiply fp32 as bf16 on this CPU (it takes AMX): exact either way")
+
+
+def test_reduced_precision_for_bf16_ends_with_the_call(matmul_precision: Any) -> None:
+    """Also after an error."""
+    p = problem([[4, 6]], V=51, H=16)
+    for before in ("none", "ieee"):
+        matmul_precision.fp32_precision = before
+        run(fused_d2o_loss, p, torch.bfloat16)
+        assert matmul_precision.fp32_precision == before
+        with pytest.raises(ValueError, match="workspace_bytes"):
+            run(fused_d2o_loss, p, torch.bfloat16, workspace_bytes=1)
+        assert matmul_precision.fp32_precision == before
 
 
 def test_the_precision_setting_is_put_back() -> None:

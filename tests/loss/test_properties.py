@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from d2o_fast import ResponseLayout, fused_d2o_loss, linear_logprob
@@ -22,7 +22,8 @@ Results = dict[str, torch.Tensor]
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count, derandomize=True, deadline=None)
+    slow = [HealthCheck.too_slow]  # which a busy machine is
+    return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=slow)
 
 
 # --------------------------------------------------------------------------------------------------------- the draws

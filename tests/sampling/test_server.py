@@ -9,7 +9,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks.samplers import chi_square_excess
-from benchmarks.serving import free_port, transformers_serve
+from benchmarks.serving import transformers_serve
 from d2o_fast.anchors.build import build_store
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.store import AnchorStore
@@ -33,6 +32,7 @@ from d2o_fast.errors import D2OError, DataError, FingerprintError
 from d2o_fast.sampling import server as server_module
 from d2o_fast.sampling.protocol import Draw, Sampling, ServerPrompt, request_seed, tokenize_drawn
 from d2o_fast.sampling.server import ServerSampler
+from helpers import DEADLINE
 from server_proxy import Proxy
 from stores import contents, naive_logp
 from tiny import VOCAB_SIZE, next_token, peaked_model, save_tiny, tiny_model, tiny_rows, tiny_tokenizer
@@ -69,11 +69,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly any time between two attempts, also where a server asks for it."""
     monkeypatch.setattr(server_module, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(server_module, "LONGEST_DELAY", 0.01)
 
 
-def sampler(url: str, folder: Path, name: str = "plain", concurrency: int = 1, timeout: float = 30.0) -> ServerSampler:
-    return ServerSampler(url, str(folder / name), concurrency, timeout)
+def sampler(url: str, folder: Path, name: str = "plain", concurrency: int = 1) -> ServerSampler:
+    return ServerSampler(url, str(folder / name), concurrency, DEADLINE)
 
 
 # --- The real server ---------------------------------------------------------------------------------------------
@@ -203,11 +205,12 @@ def test_a_server_that_does_not_sample_is_found_out(served: Any, case: str, monk
 
 
 def test_without_a_server_the_error_says_what_to_do(fast: None, caplog: pytest.LogCaptureFixture) -> None:
+    nobody = Proxy("http://nowhere")  # its port, where it does not listen
     with (
         caplog.at_level(logging.WARNING, logger="d2o_fast"),
         pytest.raises(D2OError, match=r"here, row 1: .*refused .attempt 8 of 8.. Check that the server runs .*again"),
     ):
-        sampler(f"http://127.0.0.1:{free_port()}", Path("m")).sample([LONG], 2, sampling())
+        sampler(nobody.url, Path("m")).sample([LONG], 2, sampling())
     assert caplog.text.count("refused (attempt") == 8
 
 
@@ -227,9 +230,8 @@ def test_after_a_lasting_fault_the_others_do_not_go_on(
 ) -> None:
     """Three prompts wait for their next attempt when the first one fails for good; they give up at once."""
     url, folder = served
-    monkeypatch.setattr(server_module, "FIRST_DELAY", 900.0)
-    monkeypatch.setattr(server_module, "LONGEST_DELAY", 900.0)
-    caplog.set_level(logging.WARNING, logger="d2o_fast")
+    for name in ("FIRST_DELAY", "LONGEST_DELAY"):
+        monkeypatch.setattr(server_module, name, DEADLINE)
     with Proxy(url, like_vllm=True) as proxy:
         one = sampler(proxy.url, folder, concurrency=4)
         one.sample([LONG], 1, sampling())
@@ -239,16 +241,19 @@ def test_after_a_lasting_fault_the_others_do_not_go_on(
 
         def first_is_bad(handler: Any, path: str, entry: dict[str, Any]) -> None:
             if entry["body"]["prompt"] == first.content:
-                while caplog.text.count("attempt 1 of 8") < len(PROMPTS):  # the others wait for their next attempt
+                while caplog.text.count("attempt 1 of 8") < 3:
                     time.sleep(0.002)
                 entry["fault"] = "400"
             answer(handler, path, entry)
 
         monkeypatch.setattr(proxy, "answer", first_is_bad)
         started = time.monotonic()
-        with pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 400 "):
+        with (
+            caplog.at_level(logging.WARNING, logger="d2o_fast"),
+            pytest.raises(D2OError, match=r"refuses here, row 1 .HTTP 400 "),
+        ):
             one.sample([first, *PROMPTS], 1, sampling())
-        assert time.monotonic() - started < 600
+        assert time.monotonic() - started < DEADLINE
 
 
 # --- Into the store ----------------------------------------------------------------------------------------------
@@ -257,6 +262,7 @@ def test_after_a_lasting_fault_the_others_do_not_go_on(
 def store_config(url: str, folder: Path, name: str = "plain", **options: Any) -> D2OConfig:
     defaults = {"max_length": 64, "max_completion_length": 12, "num_generations": 3, "sampling_batch_size": 3}
     server = {"server_url": url, "server_model": str(folder / name), "server_concurrency": 1}
+    server["server_timeout"] = DEADLINE
     return D2OConfig(**{**defaults, **server, **options})
 
 
@@ -278,8 +284,8 @@ def undisturbed(served: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 FAULTS = {  # what happens on the way, and what the log says of it
     "refused": "Connection refused",
     "closed": "RemoteDisconnected",
-    "slow": "no answer within 2 s",
-    "drip": "no answer within 2 s",
+    "slow": "no answer within 0.2 s",
+    "drip": "no answer within 0.2 s",
     "reset": "ConnectionResetError",
     "half": r"half an answer .\d+ bytes, then the end",
     "429": "HTTP 429 Too Many Requests: .*injected",
@@ -296,23 +302,38 @@ FAULTS = {  # what happens on the way, and what the log says of it
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_on_the_way_loses_nothing(
-    served: Any, undisturbed: dict[str, bytes], fault: str, fast: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    served: Any,
+    undisturbed: dict[str, bytes],
+    fault: str,
+    fast: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing lost, nothing twice, nothing made up: the store holds what the server said, the same bits as ever."""
     where = (2, 5) if fault in ("slow", "drip") else (0, 2, 3, 5)
     proxy = Proxy(served[0], dict.fromkeys(where, fault), like_vllm=True)
-    config = store_config(proxy.url, served[1], server_timeout=2.0 if fault in ("slow", "drip") else 30.0)
+    config = store_config(proxy.url, served[1])
     if fault == "refused":
         proxy.faults = {}
+        warning = server_module.logger.warning
 
-        def come_up() -> None:
-            while "attempt 1 of 8" not in caplog.text:
-                time.sleep(0.002)
-            proxy.__enter__()
+        def come_up(message: str, *values: Any) -> None:
+            warning(message, *values)
+            if "attempt 1 of 8" in message:
+                proxy.__enter__()
 
-        threading.Thread(target=come_up, daemon=True).start()
+        monkeypatch.setattr(server_module.logger, "warning", come_up)
     else:
         proxy.__enter__()
+    if fault in ("slow", "drip"):  # only they run out of their time, however long the server takes for the others
+        post = ServerSampler._post
+
+        def impatient(self: ServerSampler, *request: Any) -> Any:
+            self.timeout = 0.2 if len(proxy.log) in where else DEADLINE
+            return post(self, *request)
+
+        monkeypatch.setattr(ServerSampler, "_post", impatient)
     try:
         with caplog.at_level(logging.WARNING, logger="d2o_fast"):
             store = build(tmp_path / "s", config)
@@ -378,7 +399,7 @@ def test_killed_while_sampling_it_ends_with_the_same_bits(
         command += [f"--dataset_name={tmp_path / 'data.jsonl'}", f"--output_dir={tmp_path / 'run'}", *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         proxy.on_request = lambda number: process.kill() if number == 5 else None
-        _, errors = process.communicate(timeout=900)
+        _, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == -9, errors.decode()
         folder = tmp_path / "run" / "anchors" / "train"
         assert [path.name for path in folder.glob("*.parquet")] == ["shard-00000.parquet"]

@@ -1,9 +1,11 @@
-"""Comparisons with a reference in higher precision."""
+"""Comparisons with a reference in higher precision, and how long a child process may take."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+DEADLINE = 1800.0  #: seconds; no test waits for it: a child that is not done by then hangs, however busy the machine
 
 
 def relative_errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:

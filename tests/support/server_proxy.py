@@ -15,11 +15,13 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from benchmarks.serving import free_port
+from benchmarks.serving import PATIENCE
 
 
 class Proxy:
     """Passes requests on to a server, answers as vLLM would where told to, and goes wrong where told to.
+
+    Until it is entered it has its port, and refuses connections there.
 
     Args:
         faults: {number of the POST request, from 0: what happens to it}.
@@ -36,8 +38,10 @@ class Proxy:
         self.log: list[dict[str, Any]] = []
         self.on_request: Callable[[int], None] = lambda number: None
         self.lock = threading.Lock()
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler, bind_and_activate=False)
+        self.http.daemon_threads = True
+        self.http.server_bind()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self) -> Proxy:
         proxy = self
@@ -59,8 +63,8 @@ class Proxy:
                 with contextlib.suppress(ConnectionError):  # a client that has gone away
                     proxy.answer(self, self.path, entry)
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self.http.daemon_threads = True
+        self.http.RequestHandlerClass = Handler
+        self.http.server_activate()
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05})
         self.thread.start()
         return self
@@ -82,8 +86,14 @@ class Proxy:
             handler.wfile.write(b'{"error": {"message": "injected"}}')
             return
         if fault == "slow":
-            time.sleep(4.0)
+            handler.connection.recv(1)  # until the client has gone
             return
+        if fault == "drip":
+            handler.send_response(200)
+            handler.end_headers()
+            for _ in range(400):  # blanks before an answer that is whole in the end, for a client that waits for it
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
         status, answer = self.forward(path, entry["body"])
         answer = {"no choices": {**answer, "choices": []}, "no text": {**answer, "choices": [{}]}}.get(fault, answer)
         if fault == "fewer":
@@ -99,20 +109,16 @@ class Proxy:
             data = data[: len(data) // 2]
         if fault == "HTML":
             data = b"<html>busy</html>"
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
+        if fault != "drip":
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
         if fault == "half":
             handler.wfile.write(data[: len(data) // 2])
         elif fault == "reset":
             handler.wfile.write(data[: len(data) // 2])
-            time.sleep(0.1)  # the half arrives
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(handler.connection.detach())  # RST instead of an end
-        elif fault == "drip":
-            for i in range(0, len(data), len(data) // 40):  # whole in the end, after four seconds
-                handler.wfile.write(data[i : i + len(data) // 40])
-                time.sleep(0.1)
         else:
             if status == 200 and fault in (None, "fewer"):  # before it goes out: the test may look at once
                 entry["texts"] = [c.get("text", c.get("message", {}).get("content")) for c in answer["choices"]]
@@ -143,7 +149,7 @@ class Proxy:
             self.server + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
                 return 200, json.load(response)
         except urllib.error.HTTPError as error:
             with error:

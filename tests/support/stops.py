@@ -1,10 +1,15 @@
-"""Training runs that are left on the way."""
+"""Training runs that are left on the way, or killed there."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from d2o_fast import D2OTrainer
+from helpers import DEADLINE
 
 
 class Stop(Exception):
@@ -19,3 +24,10 @@ def stop_at(step: int, event: str = "log") -> Callable[..., None]:
             raise Stop
 
     return callback
+
+
+def killed(command: list[str], function: str, path: Path, count: int = 1) -> None:
+    """Runs ``d2o command`` until SIGKILL ends it at the ``count``-th call of ``function`` while ``path`` is there."""
+    dying = [sys.executable, str(Path(__file__).with_name("dying.py")), function, str(count), str(path)]
+    done = subprocess.run([*dying, *command], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == -signal.SIGKILL, f"it was not killed: {done.returncode}\n{done.stdout}{done.stderr}"

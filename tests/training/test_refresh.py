@@ -6,10 +6,6 @@ import copy
 import hashlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +15,13 @@ import yaml
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors.store import AnchorStore
+from d2o_fast.cli import main
 from d2o_fast.errors import D2OError
 from d2o_fast.model.parts import base_of
 from d2o_fast.sampling.generate import sample_responses
 from d2o_fast.training.checkpoint import checkpoints
 from d2o_fast.training.metrics import read_log
-from stops import Stop, stop_at
+from stops import Stop, killed, stop_at
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 # Three steps an epoch, the last of them partial; windows begin at 4, 8, 12 ...
@@ -176,19 +173,12 @@ def test_killed_while_anchors_are_drawn(whole: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "model_name_or_path": str(tmp_path / "model"), "output_dir": str(out)}
     settings |= {"dataset_name": str(tmp_path / "train.jsonl"), "anchors_dir": str(tmp_path / "anchors")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "d2o_fast.cli", "train", str(tmp_path / "config.yaml")]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 900
-        while not (out / "refreshed" / ".tmp-step-8").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"not killed in time: {(tmp_path / 'log').read_text()}")
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    command = ["train", str(tmp_path / "config.yaml")]
+    unfinished = out / "refreshed" / ".tmp-step-8"
+    killed(command, "os.replace", unfinished / "shard-00000.parquet")  # before the first file of the second shard
     assert [path.name for path in checkpoints(out)] == ["checkpoint-3", "checkpoint-6"]
-    subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True, capture_output=True)
+    assert unfinished.exists()
+    assert main([*command, "--resume_from_checkpoint", "latest"]) == 0
     assert_same(out, whole)
     assert not list((out / "refreshed").glob(".tmp-*"))
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,21 +289,22 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, store: AnchorStore)
 def test_tokens_per_second_leave_evaluations_out(
     tmp_path: Path, store: AnchorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluations = 0
+    """By a clock of the test: a step takes 2 s, an evaluation 100 s."""
+    now, step = [0.0], D2OTrainer._step
+    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def timed(run: D2OTrainer) -> Any:
+        now[0] += 2.0
+        return step(run)
 
     def slow(run: D2OTrainer, event: str, metrics: dict[str, float]) -> None:
-        nonlocal evaluations
-        evaluations += event == "evaluate"
+        now[0] += 100.0 * (event == "evaluate")
 
-    # Each evaluation takes a million seconds on the clock that the rate reads.
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1e6 * evaluations)
-    monkeypatch.setattr(metrics_module, "time", clock)
-
+    monkeypatch.setattr(D2OTrainer, "_step", timed)
     run = trainer(tmp_path, store, eval_dataset=store, eval_steps=1, logging_steps=3, max_steps=3, callbacks=[slow])
     run.train()
     record = next(r for r in read_log(tmp_path / "metrics.jsonl") if "loss" in r)
-    assert evaluations >= 2
-    assert record["num_tokens"] / record["tokens_per_second"] < 1e6
+    assert record["num_tokens"] / record["tokens_per_second"] == pytest.approx(6.0)  # two evaluations fall into it
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path, store: AnchorStore) -> None:
