@@ -321,7 +321,9 @@ def test_fewer_anchors_than_k_are_not_read(tmp_path):
 
 def test_faults_in_the_data_come_before_the_first_sample(tmp_path):
     records = [*tiny_rows(5), {"prompt": "x" * 500, "rejected": "y"}]
-    with pytest.raises(DataError, match=r"memory, row 6, field 'prompt': .* more than max_length"):
+    with pytest.raises(
+        DataError, match=r"memory, row 6, field 'prompt': .* max_length .64. leaves none for a response"
+    ):
         build(tmp_path / "s", records)
     assert not (tmp_path / "s").exists()
 

@@ -434,7 +434,9 @@ def test_cut_prompts_chats_and_given_anchors_through_the_store(served: Any, tmp_
          "anchors": [[{"role": "assistant", "content": "it"}]]},
     ]  # fmt: skip
     with Proxy(url, like_vllm=True, tokenizer=tiny_tokenizer(True)) as proxy:
-        store = build(tmp_path / "s", store_config(proxy.url, folder, "chat"), records, chat=True)
+        store = build(
+            tmp_path / "s", store_config(proxy.url, folder, "chat", truncation_mode="keep_end"), records, chat=True
+        )
         sent = [e["body"] for e in proxy.log[1:]]
     examples = store.examples()
     assert [len(example.anchor_ids) for example in examples] == [3, 3, 1]
@@ -442,7 +444,7 @@ def test_cut_prompts_chats_and_given_anchors_through_the_store(served: Any, tmp_
     assert sent[1]["prompt"] == examples[1].prompt_ids
     assert len(sent) == 2
     with pytest.raises(D2OError, match=r"row 2, cut to max_length and so sent as token ids .*must be a string"):
-        build(tmp_path / "t", store_config(url, folder, "chat"), records, chat=True)
+        build(tmp_path / "t", store_config(url, folder, "chat", truncation_mode="keep_end"), records, chat=True)
 
 
 def test_filters_stand_behind_a_server_too(served: Any, tmp_path: Path) -> None:
