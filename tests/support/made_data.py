@@ -1,7 +1,7 @@
 """Made-up data of any size, the same on every run, and the memory that is held while they are read.
 
-    python tests/made_data.py dry_run 20000 200000     # some minutes, 1 GB in TMPDIR
-    python tests/made_data.py epoch 20000 200000
+    python tests/support/made_data.py dry_run 20000 200000     # some minutes, 1 GB in TMPDIR
+    python tests/support/made_data.py epoch 20000 200000
 
 The first number of rows warms up; the growth of the peak from it to the second is what more rows take. The store's
 reference scores are made up too: no model is loaded.
