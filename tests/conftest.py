@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+SLOW = {"served", "demo", "after_the_demo"}  #: fixtures that start a real server or run the demo
+
 
 @pytest.fixture(autouse=True)
 def _the_logger_is_put_back() -> Iterator[None]:
@@ -36,9 +38,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is not asked for is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped for want of CUDA, and for no other reason."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Tests marked ``gpu`` are skipped for want of CUDA, and for no other reason; a real server or the demo makes it slow."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

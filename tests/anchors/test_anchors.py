@@ -379,6 +379,7 @@ def _run(model_folder: str, folder: Path, die_at: int = 0, tear: bool = False) -
     return process.exitcode, counter.value
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
     model_folder = save_tiny(tmp_path / "model")
     code, steps = _run(model_folder, tmp_path / "whole")

@@ -175,6 +175,7 @@ runner.work(json.load(sys.stdin), sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_a_provider_that_kills_its_process_loses_its_own_rows_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_cases_survive_the_way_to_their_worker() -> None:
     assert {case.N for case in cases_of("cpu-loss", "cpu")} == {1536}
 
 
+@pytest.mark.slow
 def test_the_commands_write_rows_tables_and_a_plot(tmp_path: Path) -> None:
     commands = {
         "cpu": ["-m", "benchmarks", "--dry-run", "--suite", "cpu-loss", "--suite", "memory"],

@@ -47,6 +47,7 @@ def operands() -> kernel_cases.Operands:
 # ------------------------------------------------------------------------------------------------ kernels and floors
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_row_with_its_floor(tmp_path: Path) -> None:
     done = run("kernels", "--dry-run", "--head", "gemma-2-2b", "--rounds", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,6 +154,7 @@ def test_a_profiler_sees_the_second_launch_alone(operands, monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------------ tile configurations
 
 
+@pytest.mark.slow
 def test_tuning_writes_lines_to_paste(tmp_path: Path) -> None:
     done = run("tune", "--dry-run", "--only", "grad", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -247,6 +249,7 @@ def test_the_winner_is_the_fastest_over_all_heads(ms, winner) -> None:
 # ------------------------------------------------------------------------------------------------ sanitizers
 
 
+@pytest.mark.slow
 def test_memcheck_runs_the_marked_tests_and_a_finding_fails_the_command(tmp_path: Path, monkeypatch) -> None:
     """Their stand-in runs the tests that it is given, one of them for time; as racecheck it finds something."""
     script = """

@@ -12,6 +12,8 @@ import pytest
 from benchmarks import samplers
 from benchmarks.samplers import QUICK, gate, generate_loop, measure, ours, random_model, rates, word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

@@ -54,6 +54,7 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     assert sum("**out of bound" in line for line in step_table(rows)) == 2
 
 
+@pytest.mark.slow
 def test_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     one = [Shape(P=8, R=4, K=1, G=1, ragged=False)]
     monkeypatch.setattr(step, "shapes", lambda *args: one)

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import study
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_method_runs_with_the_best_settings_of_its_grid(tmp_path: Path, capsys) -> None:
     assert study.main(["methods", "--dry-run", "--seeds", "5", "--out", str(tmp_path)]) == 0

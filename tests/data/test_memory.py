@@ -17,6 +17,7 @@ from paths import ROOT, SUPPORT
 CASES = [("dry_run", 3000, 10000, 1500), ("epoch", 4000, 12000, 5000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "small", "large", "bound"), CASES, ids=["dry run", "epoch"])
 def test_a_row_more_takes_hardly_any_memory(what: str, small: int, large: int, bound: int) -> None:
     """In a process of its own; the peak with few rows has everything but the rows in it."""

@@ -185,8 +185,8 @@ def look(path: str) -> None:
     describe("train", rows, tiny_tokenizer(), D2OConfig(max_length=4096, max_completion_length=2048))
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-@pytest.mark.parametrize("use", [read, read_two, look])
+@pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use", [read, *(pytest.param(use, marks=pytest.mark.slow) for use in (read_two, look))])
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, use: Callable[[str], None], ending: str) -> None:
     counts, peaks = (400, 1600), []
     paths = [str(tmp_path / f"{count}.{ending}") for count in counts]

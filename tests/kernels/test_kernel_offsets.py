@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from helpers import DEADLINE
 from paths import ROOT, SUPPORT
 
 CASES = SUPPORT / "kernel_offsets.py"
 
 
+@pytest.mark.slow
 def test_offsets_beyond_32_bits() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]

@@ -280,7 +280,7 @@ def best_kernel(device: torch.device) -> str:
         (1, 8, 1),  # one row, one token, the narrowest row that is a multiple of 16 bytes
         (37, 40, 131),  # tails everywhere: they read as zero, and must not count
         (16, 64, 64),  # no tail anywhere
-        (3, 24, 1000),  # many splits, one tile of rows
+        pytest.param(3, 24, 1000, marks=pytest.mark.slow),  # many splits, one tile of rows
         (70, 40, 33),  # more row tiles than programs
     ],
 )

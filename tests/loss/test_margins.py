@@ -98,7 +98,8 @@ def peaked(device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
 
 @pytest.mark.parametrize("rows", [20, 60, None], ids=lambda rows: f"rows={rows}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_filter_keeps_its_bound(dtype: torch.dtype, rows: int | None, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_the_filter_keeps_its_bound(backend: str, dtype: torch.dtype, rows: int | None, device: torch.device) -> None:
     """Entry by entry, of each token's and each word's gradient; and on peaked inputs it leaves most products out."""
     p = peaked(device, dtype)
     eps = 1e-3

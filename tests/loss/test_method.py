@@ -124,6 +124,7 @@ def test_log_probabilities_are_summed_not_averaged() -> None:
     assert torch.allclose(out.logps, torch.stack([token[:6].sum(), token[6:].sum()]))
 
 
+@pytest.mark.slow
 def test_trl_dpo_trainer_computes_the_same_loss(tmp_path: Path) -> None:
     """TRL's DPOTrainer on the same model, reference and tokens: D2O at K = 1 and alpha = beta.
 

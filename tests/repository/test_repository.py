@@ -9,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from paths import ROOT
+import pytest
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -32,6 +34,7 @@ def test_our_kernels_are_a_part_of_the_package(tmp_path: Path) -> None:
     assert run_python(name, tmp_path) == "d2o_fast.kernels.linear_logprob"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_behind_the_links(tmp_path: Path) -> None:
     # From a copy: setuptools leaves a build/ behind, and files of an old one would get into the wheel.
     source = tmp_path / "source"

@@ -97,6 +97,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 # --- Killed ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_twice_and_continued_gives_the_same_bits(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["train", str(inputs / "config.yaml"), "--output_dir", str(out)]

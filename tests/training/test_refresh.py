@@ -165,6 +165,7 @@ def test_left_anywhere_and_continued_it_gives_the_same_bits(whole: Path, tmp_pat
     assert_same(out, whole)
 
 
+@pytest.mark.slow
 def test_killed_while_anchors_are_drawn(whole: Path, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
