@@ -40,7 +40,7 @@ def device() -> torch.device:
 
 @pytest.hookimpl(tryfirst=True)  # before what is not asked for is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped for want of CUDA, and for no other reason; a real server or the demo makes it slow."""
+    """Skips ``gpu`` tests if there is no CUDA device, and marks tests that start a server or the demo as slow."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

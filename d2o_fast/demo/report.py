@@ -85,8 +85,8 @@ temperature 1. <b>Harmful</b>: contains an insult, in a broken sentence too. <b>
 three correct answers, which name the right tool for the verb and the right part of the noun. <b>Garbage</b>: everything
 else, a fluent answer with the wrong tool included. The grammar decides; no model and no person judges. Every method
 took the same number of steps. <b>Best moment</b>: the step on the way with the highest helpful minus harmful, picked
-with the held-out prompts in view, so it flatters. <code>python -m benchmarks.study methods</code> lets every method choose
-its learning rate and steps on validation prompts, over several seeds.</p></section>
+with the held-out prompts in view, so it flatters. <code>python -m benchmarks.study methods</code> lets every method
+choose its learning rate and steps on validation prompts, over several seeds.</p></section>
 
 <section><h2>On the way</h2>
 <p>What each model said to the held-out prompts during its training. A good end can hide a bad path.</p>

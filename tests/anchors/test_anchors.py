@@ -399,6 +399,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
         assert contents(folder) == expected, f"killed at step {die_at}"
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path):
     """While one process is at work; and not any more once it has died."""
     model_folder = save_tiny(tmp_path / "model")

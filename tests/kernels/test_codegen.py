@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from helpers import DEADLINE
+from paths import SUPPORT
 
 pytestmark = pytest.mark.slow
-TABLE = Path(__file__).with_name("codegen_table.py")
+TABLE = SUPPORT / "codegen_table.py"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 

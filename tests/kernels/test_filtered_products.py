@@ -181,6 +181,7 @@ def test_what_is_left_out_is_not_read(device) -> None:
     assert torch.equal(problem.run(0.1)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.sanitize
 def test_packing_crosses_blocks_in_place(device) -> None:
     """More kept columns than one block of the walk holds, moved by odd distances."""

@@ -166,6 +166,7 @@ def test_every_dtype_is_near_the_reference_and_repeats_its_bits(case: Case, dtyp
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+@pytest.mark.slow
 @examples(12)
 @given(cases(), st.sampled_from([torch.float32, torch.float16]))
 def test_the_triton_path_is_near_the_reference(device: torch.device, case: Case, dtype: torch.dtype) -> None:
@@ -356,6 +357,7 @@ def extreme_row(kind: str, V: int, target: int, masked: int) -> torch.Tensor:
     return row
 
 
+@pytest.mark.slow
 @examples(100)
 @given(extremes(), st.sampled_from(["torch", "triton"]), st.sampled_from([torch.float32, torch.bfloat16]))
 @example((["+1e4", "another dominates"], 40, 0, 38, 1), "triton", torch.float32)  # one token left beside the target

@@ -152,6 +152,7 @@ def test_resuming_a_finished_run_changes_nothing(inputs: Path, never_killed: Pat
     assert_same_run(out, never_killed)
 
 
+@pytest.mark.slow
 def test_shared_prompts_under_a_token_budget_resume_to_the_same_bits(inputs: Path, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")  # without dropout, which cannot be shared
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -170,6 +171,7 @@ def test_shared_prompts_under_a_token_budget_resume_to_the_same_bits(inputs: Pat
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_lora_resumes_to_the_same_bits(inputs: Path, tmp_path: Path) -> None:
     settings = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "anchors_dir": str(tmp_path / "anchors")}
     trainer(inputs, tmp_path / "whole", **settings).train()

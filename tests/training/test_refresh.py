@@ -62,6 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- What is drawn ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_fresh_anchors_are_the_policys_own_and_it_is_their_reference(tmp_path: Path, lora: bool) -> None:
     policies: dict[int, Any] = {}
@@ -155,6 +156,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_left_anywhere_and_continued_it_gives_the_same_bits(whole: Path, tmp_path: Path) -> None:
     """Checkpoints at 3, 6, 9, 12: in the store's window, in the middle of one, and where one begins."""
     out = tmp_path / "run"
