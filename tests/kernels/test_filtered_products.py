@@ -26,8 +26,8 @@ SHAPES = {
     "all rows fit 16 bytes": (48, 512, 64),
     "rows and columns beyond one program of every kernel": (FLAG_ROWS + 3, 600, 33),
 }
-ALIGNED = {"all rows fit 16 bytes": pytest.mark.sanitize}
-SHAPES_MARKED = [pytest.param(shape, id=name, marks=ALIGNED.get(name, ())) for name, shape in SHAPES.items()]
+MARKS = {"all rows fit 16 bytes": pytest.mark.sanitize, list(SHAPES)[-1]: pytest.mark.slow}
+SHAPES_MARKED = [pytest.param(shape, id=name, marks=MARKS.get(name, ())) for name, shape in SHAPES.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +108,7 @@ def test_error_against_all_columns_is_within_the_stated_bound(device, dtype) -> 
         assert_close(dweight[~left_out], full_dweight[~left_out], 2e-6)
 
 
+@pytest.mark.slow
 @DTYPES
 def test_without_a_bound_it_is_the_dense_product(device, dtype) -> None:
     """Every column has gradients other than zero: none is left out, and the error is not above eager's."""

@@ -281,7 +281,7 @@ def best_kernel(device: torch.device) -> str:
         (37, 40, 131),  # tails everywhere: they read as zero, and must not count
         (16, 64, 64),  # no tail anywhere
         pytest.param(3, 24, 1000, marks=pytest.mark.slow),  # many splits, one tile of rows
-        (70, 40, 33),  # more row tiles than programs
+        pytest.param(70, 40, 33, marks=pytest.mark.slow),  # more row tiles than programs
     ],
 )
 def test_descriptors_match_fp64_and_pointers(device, chosen, monkeypatch, dtype, settings, N, H, V) -> None:

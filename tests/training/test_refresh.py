@@ -212,6 +212,7 @@ def test_lost_or_other_anchors_are_an_error_and_not_drawn_again(tmp_path: Path) 
         trainer(out, refresh_every=5).train("latest")
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_nothing(whole: Path, tmp_path: Path) -> None:
     trainer(tmp_path / "run", gradient_checkpointing=True).train()
     assert_same(tmp_path / "run", whole)
