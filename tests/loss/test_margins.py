@@ -14,7 +14,6 @@ from helpers import relative_errors
 from ops_cases import Problem, assert_all_close, problem, run
 
 BACKENDS = ("torch", "triton")
-FILTERING = ("torch", pytest.param("triton", marks=pytest.mark.slow))
 PAIRS, ALONE, MIXED = [[4, 3], [2, 6], [1, 1]], [[4], [3], [7]], [[3, 1, 7], [2], [9, 4, 4, 4], [1, 1]]
 
 
