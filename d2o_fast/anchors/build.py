@@ -29,7 +29,7 @@ from d2o_fast.anchors.shards import SCHEMA, begin, check_shard, write_shard
 from d2o_fast.anchors.store import AnchorStore, store_record
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row
-from d2o_fast.data.tokens import tokenize_rows
+from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.files import locked
 from d2o_fast.model.adapters import initial_policy
@@ -66,7 +66,7 @@ def build_store(
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
     size = config.sampling_batch_size
-    for _ in tokenize_rows(rows, tokenizer, config):
+    for _ in tokenized(rows, tokenizer, config):
         pass  # checks all rows before the first is sampled
     if config.sampling_instruction is not None:
         for start in range(0, len(rows), size):
@@ -91,7 +91,7 @@ def build_store(
                 continue
             maker = maker or _ShardMaker(references, fingerprint["stop_token_ids"])
             part = rows[i * size : (i + 1) * size]
-            examples = list(tokenize_rows(part, tokenizer, config, log=False))
+            examples = list(tokenized(part, tokenizer, config, log=False))
             digests[i] = write_shard(folder, i, maker.make(i, part, examples))
             done += len(part)
             if progress is not None:

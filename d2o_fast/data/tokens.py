@@ -16,22 +16,28 @@ from d2o_fast.errors import D2OError, DataError, shortened
 logger = logging.getLogger("d2o_fast")
 
 
-def tokenize_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, log: bool = True
-) -> Iterator[Example]:
-    """Yields the token ids of each row; ``anchor_ids`` is empty if the row has no anchors.
+def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> list[Example]:
+    """Token ids of every row; ``anchor_ids`` is empty if the row has no anchors.
 
     A prompt has the same ids for its negative, its anchors and the sampler. If the ids of prompt + response do not
-    start with the ids of the prompt, the response is tokenised alone. A prompt longer than
-    ``max_length - max_completion_length`` loses its start (``keep_end``) or its end (``keep_start``); a leading BOS
-    stays. A response ends with EOS (the end-of-turn token in a chat) unless it was cut to ``max_completion_length``.
+    start with the ids of the prompt, the response is tokenised alone. A response ends with EOS (the end-of-turn token
+    in a chat) unless it was cut: to ``max_completion_length``, or with ``keep_start`` to the tokens that ``max_length``
+    leaves it. With ``keep_end`` a prompt longer than ``max_length - max_completion_length`` loses its start.
+
+    Raises:
+        DataError: a prompt that leaves no room for a response, messages without a chat template or with one that
+            rewrites the prompt when the response is added, a text without tokens.
+    """
+    return list(tokenized(rows, tokenizer, config))
+
+
+def tokenized(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, log: bool = True
+) -> Iterator[Example]:
+    """Yields ``tokenize_rows`` one row at a time.
 
     Args:
         log: whether to log the numbers of cuts after the last row.
-
-    Raises:
-        DataError: a prompt longer than ``max_length``, messages without a chat template or with one that rewrites the
-            prompt when the response is added, a text without tokens.
     """
     cut_prompts = cut_responses = merged = 0
     for row, (whole, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):

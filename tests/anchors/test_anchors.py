@@ -44,7 +44,7 @@ from tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
 
 def examples_with_anchors(n: int) -> list[Example]:
     rows = rows_from([{**row, "anchors": [" it", " open it"]} for row in tiny_rows(n)])
-    return list(tokenize_rows(rows, tiny_tokenizer(), CONFIG))
+    return tokenize_rows(rows, tiny_tokenizer(), CONFIG)
 
 
 # --- What is in it ---
@@ -60,7 +60,7 @@ def test_scores_are_the_models_own_log_probabilities(tmp_path):
         assert len(example.ref_logps) == 1 + len(example.anchor_ids)
         for response, logp in zip(example.responses(), example.ref_logps, strict=True):
             assert logp == pytest.approx(naive_logp(model, example.prompt_ids, response), abs=2e-4)
-    given = list(tokenize_rows(rows_from(records), tiny_tokenizer(), CONFIG))
+    given = tokenize_rows(rows_from(records), tiny_tokenizer(), CONFIG)
     assert [e.rejected_ids for e in examples] == [e.rejected_ids for e in given]
     assert examples[-1].anchor_ids == given[-1].anchor_ids, "given anchors are scored, not sampled"
 

@@ -82,7 +82,7 @@ def test_draws_follow_the_instruction_and_scores_the_bare_prompt(tmp_path: Path,
     )
     gain = 0.0
     for example, bare, asked, responses in zip(
-        store.examples(), list(tokenize_rows(rows, tokenizer, config)), longer, drawn, strict=True
+        store.examples(), tokenize_rows(rows, tokenizer, config), longer, drawn, strict=True
     ):
         assert example.anchor_ids == responses
         assert (example.prompt_ids, example.rejected_ids) == (bare.prompt_ids, bare.rejected_ids)

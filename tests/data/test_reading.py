@@ -389,7 +389,7 @@ TOKENIZERS = {
 def test_plain_text_is_prompt_then_response_then_eos(options):
     tokenizer = tiny_tokenizer(**options)
     records = [{**record, "anchors": [" go home", " it"]} for record in tiny_rows(6)]
-    for record, example in zip(records, list(tokenize_rows(rows_from(records), tokenizer, CONFIG)), strict=True):
+    for record, example in zip(records, tokenize_rows(rows_from(records), tokenizer, CONFIG), strict=True):
         prompt = example.prompt_ids
         assert (prompt[0] == tokenizer.bos_token_id) is options.get("bos", False)
         assert tokenizer.eos_token_id not in prompt, "EOS must not stand between prompt and response"
@@ -407,7 +407,7 @@ def test_a_token_across_the_boundary_is_not_used(caplog):
     assert together[0] != tokenizer("ho")["input_ids"][0], "the merge that this test is about"
     rows = rows_from([{"prompt": "ho", "rejected": "w to"}, {"prompt": "how", "rejected": " to"}])
     with caplog.at_level(logging.INFO, logger="d2o_fast"):
-        first, second = list(tokenize_rows(rows, tokenizer, CONFIG))
+        first, second = tokenize_rows(rows, tokenizer, CONFIG)
     assert first.prompt_ids == tokenizer("ho")["input_ids"]
     assert first.rejected_ids == [*tokenizer("w to")["input_ids"], tokenizer.eos_token_id]
     assert second.prompt_ids + second.rejected_ids == [*together, tokenizer.eos_token_id]
@@ -417,14 +417,14 @@ def test_a_token_across_the_boundary_is_not_used(caplog):
 def test_special_tokens_that_the_text_brings_are_not_doubled():
     tokenizer = tiny_tokenizer(bos=True)
     rows = rows_from([{"prompt": "<s>how", "rejected": " to</s>"}])
-    (example,) = list(tokenize_rows(rows, tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows, tokenizer, CONFIG)
     assert [*example.prompt_ids, *example.rejected_ids] == [*tokenizer("how to")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_a_chat_ends_with_its_end_of_turn_token():
     tokenizer = tiny_tokenizer(chat=True)
     rows = rows_from([{"prompt": USER, "rejected": answer("go away"), "anchors": [answer("it"), answer("\nit")]}])
-    (example,) = list(tokenize_rows(rows, tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows, tokenizer, CONFIG)
     prompt = tokenizer.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
     full = tokenizer.apply_chat_template([*USER, *answer("go away")], return_dict=False)
     newline = tokenizer("\n")["input_ids"]
@@ -440,7 +440,7 @@ def test_an_end_of_turn_token_that_is_not_eos():
     tokenizer.eos_token = "</s>"
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endif %}", "{% else %}{{ '</s>' }}{% endif %}")
     rows = rows_from([{"prompt": USER, "rejected": answer("go away")}])
-    (example,) = list(tokenize_rows(rows, tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows, tokenizer, CONFIG)
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert example.rejected_ids == [*tokenizer("go away")["input_ids"], end_of_turn]
     model = tiny_model()
@@ -455,7 +455,7 @@ def test_a_template_without_end_of_turn_gets_eos():
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    (example,) = list(tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG)
     assert tokenizer.decode([*example.prompt_ids, *example.rejected_ids]).endswith("assistant: go away\n<|im_end|>")
 
 
@@ -463,14 +463,14 @@ def test_chat_faults():
     with pytest.raises(
         DataError, match=r"here, row 1, field 'prompt': messages, but the tokenizer has no chat template"
     ):
-        list(tokenize_rows(rows_from([CHAT], "here"), tiny_tokenizer(), CONFIG))
+        tokenize_rows(rows_from([CHAT], "here"), tiny_tokenizer(), CONFIG)
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
     with pytest.raises(DataError, match=r"renders another prompt .*'1<\|im_start\|>"):
-        list(tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG))
+        tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     with pytest.raises(DataError, match=r"row 1, field 'prompt': the chat template refuses .*no system role here"):
-        list(tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG))
+        tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG)
 
 
 def test_truncation(caplog):
@@ -483,7 +483,7 @@ def test_truncation(caplog):
     for mode, max_length, kept, lost in cases:
         config = D2OConfig(max_length=max_length, max_completion_length=5, truncation_mode=mode)
         with caplog.at_level(logging.INFO, logger="d2o_fast"):
-            (example,) = list(tokenize_rows(rows, tokenizer, config))
+            (example,) = tokenize_rows(rows, tokenizer, config)
         assert example.prompt_ids == kept
         it = tokenizer(" it")["input_ids"][-1]
         assert example.rejected_ids == [it] * 5
@@ -496,7 +496,7 @@ def test_truncation(caplog):
             rf"here, row 1, field 'prompt': 13 tokens, of which max_length \({max_length}\) leaves none for a response"
         )
         with pytest.raises(DataError, match=found):
-            list(tokenize_rows(rows, tokenizer, config))
+            tokenize_rows(rows, tokenizer, config)
 
 
 def test_keep_start_cuts_the_sequence_as_trl_does():
@@ -522,18 +522,18 @@ def test_texts_without_tokens():
     tokenizer = tiny_tokenizer()  # drops what is not printable ASCII
     assert tokenizer("\u4e2d")["input_ids"] == []
     with pytest.raises(DataError, match="row 1, field 'prompt': the tokenizer makes no tokens"):
-        list(tokenize_rows(rows_from([{"prompt": "\u4e2d", "rejected": "b"}]), tokenizer, CONFIG))
+        tokenize_rows(rows_from([{"prompt": "\u4e2d", "rejected": "b"}]), tokenizer, CONFIG)
     with pytest.raises(DataError, match="row 1, field 'rejected': the tokenizer makes no tokens"):
-        list(tokenize_rows(rows_from([{"prompt": "a", "rejected": "\u4e2d"}]), tokenizer, CONFIG))
+        tokenize_rows(rows_from([{"prompt": "a", "rejected": "\u4e2d"}]), tokenizer, CONFIG)
     with pytest.raises(DataError, match="field 'anchors\\[0\\]': the tokenizer makes no tokens"):
-        list(tokenize_rows(rows_from([{**GOOD, "anchors": ["\u4e2d"]}]), tokenizer, CONFIG))
+        tokenize_rows(rows_from([{**GOOD, "anchors": ["\u4e2d"]}]), tokenizer, CONFIG)
 
 
 def test_a_tokenizer_without_eos_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(D2OError, match="has no eos_token"):
-        list(tokenize_rows([Row("a", "b", None, "here", 1)], tokenizer, CONFIG))
+        tokenize_rows([Row("a", "b", None, "here", 1)], tokenizer, CONFIG)
 
 
 def test_special_tokens_of_a_template_stay_whole():
@@ -541,5 +541,5 @@ def test_special_tokens_of_a_template_stay_whole():
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.add_tokens([AddedToken("<|turn_end|>", special=True)])
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|turn_end|>")
-    (example,) = list(tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows_from([CHAT]), tokenizer, CONFIG)
     assert example.rejected_ids[-1] == tokenizer.convert_tokens_to_ids("<|turn_end|>")

@@ -476,7 +476,7 @@ def test_an_instruction_is_sent_and_not_stored(served: Any, tmp_path: Path) -> N
         sent = [e for e in proxy.log if e["body"]["max_tokens"] == 12]
     differences = 0
     for row, example, entry in zip(rows, store.examples(), sent, strict=True):
-        bare = next(tokenize_rows([row], tokenizer, config)).prompt_ids
+        bare = tokenize_rows([row], tokenizer, config)[0].prompt_ids
         assert example.prompt_ids == bare
         asked = replace(row, prompt=f"{before}{row.prompt}{after}")
         assert entry["body"]["prompt"] == asked.prompt
@@ -496,7 +496,7 @@ def test_an_instruction_to_a_chat_is_a_message(served: Any, tmp_path: Path) -> N
         config = store_config(proxy.url, folder, "chat", sampling_instruction="be kind")
         store = build(tmp_path / "s", config, records, chat=True)
         assert proxy.log[-1]["body"]["messages"] == [{"role": "system", "content": "be kind"}, *user]
-    (bare,) = list(tokenize_rows(rows_from(records), tiny_tokenizer(chat=True), config))
+    (bare,) = tokenize_rows(rows_from(records), tiny_tokenizer(chat=True), config)
     (example,) = store.examples()
     assert example.prompt_ids == bare.prompt_ids
     for response, logp in zip(example.responses(), example.ref_logps, strict=True):
@@ -703,7 +703,7 @@ def drawn_ids(row: dict[str, Any], *draws: Any, chat: bool = False, **options: A
 def test_a_text_becomes_what_it_would_be_in_the_data(options: dict[str, bool]) -> None:
     tokenizer, row = tiny_tokenizer(**options), tiny_rows(1)[0]
     texts = [" go away", " it", "s"]
-    (example,) = list(tokenize_rows(rows_from([{**row, "anchors": texts}]), tokenizer, CONFIG))
+    (example,) = tokenize_rows(rows_from([{**row, "anchors": texts}]), tokenizer, CONFIG)
     assert drawn_ids(row, *((text, True) for text in texts), **options) == example.anchor_ids
     assert drawn_ids(row, (texts[1], False), **options) == [example.anchor_ids[1][:-1]]
 

@@ -124,9 +124,7 @@ def test_same_seed_same_responses_and_the_model_stays_as_it_was() -> None:
 def test_batches_do_not_repeat_each_others_draws(model) -> None:
     # Two prompts that are one and the same to the model: they differ in what is cut off.
     records = [{"prompt": f"{word} how to open the lock? how to open the lock?", "rejected": "no"} for word in "ab"]
-    ids = [
-        example.prompt_ids for example in list(tokenize_rows(rows_from(records), tiny_tokenizer(), D2OConfig(**CUT)))
-    ]
+    ids = [example.prompt_ids for example in tokenize_rows(rows_from(records), tiny_tokenizer(), D2OConfig(**CUT))]
     assert ids[0] == ids[1]
     _, samples = _judge(model, lambda p, r: "x", records=records, sampling_batch_size=1, judge_num_generations=6, **CUT)
     assert [s["response"] for s in samples[:6]] != [s["response"] for s in samples[6:]]

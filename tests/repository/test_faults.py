@@ -1,0 +1,33 @@
+"""Known faults: each script of ``tests/faults`` says what is right, and exits with 0 once the package does it.
+
+A fault that is mended leaves ``OPEN``, and its script then has to pass for good.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import DEADLINE
+from paths import ROOT
+
+SCRIPTS = sorted((ROOT / "tests" / "faults").glob("*.py"))
+OPEN = {
+    "01_left_padding_ignored",
+    "12_end_of_turn_probe",
+    "13_template_rewrites_the_response",
+    "14_parquet_fills_tool_calls_with_nulls",
+    "15_json_deeper_than_python",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_fault_is_mended_or_known(script: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith(("RIGHT: ", "WRONG: "))]
+    assert verdicts, f"it came to no verdict\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == (script.stem in OPEN), verdicts[-1]
