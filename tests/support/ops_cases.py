@@ -67,7 +67,7 @@ def run(
     leaves = {}
     for name, tensor in inputs.items():
         if tensor is not None:
-            rounded = tensor.to(through or dtype).to(dtype)
+            rounded = tensor.detach().to(through or dtype).to(dtype)
             leaves[name] = rounded.clone().requires_grad_(name not in frozen)
     bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
     ref_logps = p.ref_logps.to(torch.promote_types(dtype, torch.float32))
@@ -76,7 +76,7 @@ def run(
     )
     (out.loss * upstream).backward()
     results = {name: getattr(out, name).detach() for name in RESULTS}
-    return results | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return results | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 
 RESULTS = ("loss", "logps", "chosen_rewards", "rejected_rewards", "margins")
