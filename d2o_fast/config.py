@@ -293,7 +293,10 @@ def checked(name: str, value: object) -> Any:
         return []
     found = read(value, KINDS[name], FIELDS[name].metadata)
     if found is MISFIT or (is_blank(found) and found != DEFAULTS[name]):
-        raise refusal(name, value, allowed(name))
+        wanted = allowed(name)
+        if isinstance(value, float) and not math.isfinite(value) and "finite" not in wanted:
+            wanted += ", and finite"
+        raise refusal(name, value, wanted)
     return _loggers(found) if name == "report_to" else found
 
 

@@ -448,3 +448,10 @@ def test_settings_follow_trl() -> None:
             found.add((name, "default"))
     assert found - set(DIFFERENCES) == set(), "a difference without a reason"
     assert set(DIFFERENCES) - found == set(), "a difference that is no more"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["learning_rate", "min_anchor_score"])
+def test_a_number_without_an_end_is_told_so(name: str, value: float) -> None:
+    with pytest.raises(D2OError, match=rf"^{name} is -?(inf|nan); it must be .*finite"):
+        D2OConfig(**{name: value})
