@@ -91,6 +91,7 @@ def config(folder: Path, **settings: Any) -> D2OConfig:
 # --- Which model divides what ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("settings", "neg", "pos"),
@@ -334,6 +335,7 @@ def test_every_field_has_a_case(models: Path, tmp_path: Path) -> None:
     assert set(expected_fingerprint(**state_of(models, tmp_path, chat=False))) == set(CHANGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_change_is_refused_by_name(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     monkeypatch.setattr(fingerprint_module, "FORMAT", fingerprint_module.FORMAT)

@@ -16,7 +16,8 @@ from d2o_fast.kernels.filtered_products import (
 )
 from helpers import assert_close, poison_empty, relative_errors
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+HALVES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["fp32", "bf16", "fp16"])
 # n, V, H
 SHAPES = {
     "one of everything": (1, 1, 1),
@@ -91,6 +92,7 @@ def test_products_over_the_kept_columns_match_fp64(device, dtype, shape, fresh) 
             assert torch.equal(dweight[~kept], problem.before[~kept]), "a column that was left out changed its row"
 
 
+@pytest.mark.slow
 @DTYPES
 def test_error_against_all_columns_is_within_the_stated_bound(device, dtype) -> None:
     problem = Problem(device, 37, 531, 45, dtype)

@@ -272,6 +272,7 @@ def best_kernel(device: torch.device) -> str:
     return "linear_logprob_tma_kernel" if has_descriptors else "linear_logprob_kernel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
