@@ -184,6 +184,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_policy_and_reference_begin_as_one_and_part(tmp_path: Path, kind: str) -> None:
     """ln 2 and a gradient at first; then other losses over scores that have not moved."""

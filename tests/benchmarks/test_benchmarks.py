@@ -196,6 +196,7 @@ def test_a_provider_that_kills_its_process_loses_its_own_rows_only(
     assert all("ended with code 3" in row["reason"] for row in rows if row["provider"] == "crash")
 
 
+@pytest.mark.slow
 def test_cases_that_the_time_does_not_reach_are_named(tmp_path: Path) -> None:
     case = dataclasses.replace(CASE, providers=("naive", "ours"))
     with (tmp_path / "log").open("w") as log:
@@ -268,6 +269,7 @@ def test_a_plot_of_nothing_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "plot.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "dry_run", "passed"),
     [
@@ -306,6 +308,7 @@ def test_the_gpu_commands_exit_status_tells_of_its_stages(
     assert gpu.run_all(tmp_path, "cpu", True, True, 1.0) == code
 
 
+@pytest.mark.slow
 def test_the_gpu_command_refuses_to_pretend() -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -203,6 +203,7 @@ def stats_entry(device: torch.device, *candidates: RowTile) -> tune.Entry:
     return dataclasses.replace(entry, candidates=candidates, heads=("gpt2", "gemma-2-2b"))
 
 
+@pytest.mark.slow
 def test_a_tile_that_cannot_be_is_left_out_and_the_table_stays(operands) -> None:
     device, before = operands.device, dict(ROW_TILES)
     impossible, good = RowTile(3000, 8), RowTile(512, 4)

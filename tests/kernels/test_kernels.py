@@ -615,6 +615,7 @@ def test_group_loss_refuses(device) -> None:
 # -------------------------------------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.slow
 @pytest.mark.sanitize
 def test_the_same_bits_twice(device) -> None:
     hidden, weight, targets, options = problem(device, 37, 45, 531, torch.bfloat16, bias=True, softcap=3.0)

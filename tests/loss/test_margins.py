@@ -96,6 +96,7 @@ def peaked(device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
     return p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [20, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (60, None))], ids=lambda rows: f"rows={rows}"
 )

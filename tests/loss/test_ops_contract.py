@@ -275,6 +275,7 @@ def test_the_precision_setting_is_put_back() -> None:
         setting.fp32_precision = before
 
 
+@pytest.mark.slow
 def test_torch_compile_around_it() -> None:
     p = problem(MIXED, V=64, H=16)
     layer = torch.nn.Linear(16, 16)
