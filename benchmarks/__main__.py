@@ -1,12 +1,12 @@
 """The loss benchmarks on this machine: ``python -m benchmarks`` runs every CPU suite in about 10 minutes on two cores.
 
     python -m benchmarks --suite errors       # loss and gradients against fp64 at odd sizes, beside eager's
-    python -m benchmarks --suite cpu-loss     # time and memory against naive at N = 1536, H = 768, V = 50257
+    python -m benchmarks --suite cpu-loss     # time and memory beside naive at N = 1536, H = 768, V = 50257
     python -m benchmarks --suite memory       # temporary memory at N = 3072 and 12288
     python -m benchmarks --suite peers        # every peer, ranked within one shared error bound
 
-A suite named with ``--suite`` takes what time it needs up to ``--seconds``; see ``python -m benchmarks.gpu`` for a GPU.
-Writes <date>-<suite>-<device>.jsonl and .md. Ends with 1 if one of ours failed or is out of its error bound.
+A suite named with ``--suite`` runs for at most ``--seconds``. ``python -m benchmarks.gpu`` measures on a GPU.
+Writes <date>-<suite>-<device>.jsonl and .md. Exits with 1 if one of our providers failed or is out of its error bound.
 """
 
 from __future__ import annotations

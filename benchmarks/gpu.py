@@ -1,16 +1,16 @@
 """One command for a CUDA machine: ``python -m benchmarks.gpu``, under 10 minutes.
 
-The tests marked ``gpu`` first, then the loss suite against every peer that is installed, each row written as soon as it
-is measured, then the kernels of one head beside their floors, the training step of a model of 1B parameters, and at the
-end JSON, a Markdown table and a roofline plot. Every stage has its own time; one that fails or runs out of it does not
-keep the next from running, but the command then ends with 1. So it does if a test fails, if no test ran, or if one of
-ours failed or is out of its error bound. ``--dry-run`` does all of it on a CPU with tiny shapes.
+It runs the tests marked ``gpu``, the loss suite beside every installed peer, the kernels of one head beside their
+floors, and the training step of a model of 1B parameters. It then writes JSON, a Markdown table and a roofline plot.
+Each row of the loss suite is written as soon as it is measured. Every stage has its own time limit, and the next stage
+runs even if one fails. The command exits with 1 if a stage failed or ran out of time, if a test failed or none ran, or
+if one of our providers failed or is out of its error bound. ``--dry-run`` does all of it on a CPU with tiny shapes.
 
-``--sanitize`` does something else instead, again under 10 minutes: the tests marked ``sanitize`` under
-compute-sanitizer, once with memcheck and once with racecheck, our kernels alone. It ends with 1 unless both are clean.
+``--sanitize`` instead runs the tests marked ``sanitize`` under compute-sanitizer, once with memcheck and once with
+racecheck, in under 10 minutes. Only our kernels are checked. It exits with 1 unless both runs are clean.
 
-The folder named by ``--out`` (or by the environment's OUT) gets tests.log, worker.log, rows.jsonl, results.json,
-table.md and roofline.png; or memcheck.log, racecheck.log, results.json and table.md.
+The folder ``--out`` (or the environment's OUT) gets tests.log, worker.log, rows.jsonl, results.json, table.md and
+roofline.png. With ``--sanitize`` it gets memcheck.log, racecheck.log, results.json and table.md.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from benchmarks.report import RESULTS, ROOT, about_this_run, heading, options, p
 from benchmarks.runner import run_cases
 from benchmarks.suites import cases_of
 
-#: For each stage; with a hanging worker of the loss suite, under 10 minutes.
+#: For each stage. They sum to under 10 minutes even if a worker of the loss suite hangs.
 TEST_SECONDS, LOSS_SECONDS, KERNEL_SECONDS, STEP_SECONDS = 140.0, 190.0, 90.0, 110.0
 KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 SANITIZE_SECONDS = 280.0  # for each tool
-#: A tool's last word, and the number in it that must be zero.
+#: A tool's summary line, and the number in it that must be zero.
 SUMMARIES = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) errors?.*"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed.*"),
@@ -44,19 +44,19 @@ SUMMARIES = {
 
 
 def run_within(command: list[str], seconds: float, log: TextIO, **environment: str) -> int | None:
-    """The command's exit code; None if it was stopped because its time was out."""
+    """The command's exit code; None if it ran out of time and was stopped."""
     settings: dict[str, Any] = {"env": {**os.environ, **environment}, "process_group": 0}
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, **settings)
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with what it started: a sanitizer's own child holds the device
+        os.killpg(process.pid, signal.SIGKILL)  # the whole group: a sanitizer's child holds the device
         process.wait()
         return None
 
 
 def run_tests(out: Path, seconds: float, dry_run: bool) -> tuple[bool, str]:
-    """Runs the tests marked ``gpu``: whether they passed, and pytest's last line. In a dry run all may be skipped."""
+    """Runs the tests marked ``gpu``; returns (passed, pytest's last line). In a dry run all may be skipped."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs"]
     command += ["--continue-on-collection-errors", "--durations=10", "tests"]
     path = out / "tests.log"
@@ -71,7 +71,7 @@ def run_tests(out: Path, seconds: float, dry_run: bool) -> tuple[bool, str]:
 def run_stage(
     name: str, device: str, arguments: list[str], log: TextIO, seconds: float
 ) -> tuple[str, dict[str, Any], str]:
-    """One of our commands in a process of its own: how it ended, and the JSON and the text that it left."""
+    """Runs one of our commands in its own process; returns how it ended, and the JSON and the text that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", f"benchmarks.{name}", "--out", folder, *arguments]
         code = run_within(command, seconds, log)
@@ -85,10 +85,10 @@ def run_stage(
 
 
 def sanitize(out: Path, sanitizer: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """What each tool of compute-sanitizer says of the tests marked ``sanitize``: whether all is clean, and its summary.
+    """Runs the tests marked ``sanitize`` under each tool of compute-sanitizer; returns its verdict and summary by tool.
 
-    Clean: the tool's summary counts nothing, the tests passed, and the tool saw the process to its end. Tensors get
-    allocations of their own, or a read past one's end would find its neighbour's memory and be no error.
+    Clean: the tool's summary counts nothing, the tests passed, and the tool saw the process to its end. Every tensor
+    gets its own allocation: otherwise a read past its end would hit a neighbour's memory and raise no error.
     """
     names = [name for path in ROOT.glob("kernels/*.py") for name in KERNEL.findall(path.read_text())]
     marked = [str(path) for path in ROOT.glob("tests/**/test_*.py") if "pytest.mark.sanitize" in path.read_text()]
@@ -96,7 +96,7 @@ def sanitize(out: Path, sanitizer: str, seconds: float) -> dict[str, dict[str, A
     found = {}
     for tool, pattern in SUMMARIES.items():
         command = [sanitizer, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "86"]
-        command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks and is refused, by design
+        command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch makes calls that fail by design
         for name in names:
             command += ["--kernel-name", f"kernel_substring={name}"]
         path = out / f"{tool}.log"
@@ -113,7 +113,7 @@ def sanitize(out: Path, sanitizer: str, seconds: float) -> dict[str, dict[str, A
 
 
 def sanitize_all(out: Path, sanitizer: str, device: str) -> int:
-    """``sanitize`` into results.json and table.md; 0 if all is clean."""
+    """Writes the result of ``sanitize`` to results.json and table.md; returns 0 if all is clean."""
     found = sanitize(out, sanitizer, SANITIZE_SECONDS)
     about = {**about_this_run(device), "sanitizer": found}
     (out / "results.json").write_text(json.dumps({"about": about, "rows": []}, indent=1))
@@ -125,7 +125,7 @@ def sanitize_all(out: Path, sanitizer: str, device: str) -> int:
 
 
 def run_all(out: Path, device: str, dry_run: bool, skip_tests: bool, seconds: float) -> int:
-    """Every stage, and the report of them all; 0 if all went well."""
+    """Runs every stage and writes the report; returns 0 if all went well."""
     tiny, took = ["--dry-run"] if dry_run else [], dict[str, float]()
 
     def done(stage: str, said: str) -> None:

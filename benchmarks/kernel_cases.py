@@ -1,9 +1,9 @@
-"""Each kernel at the shape of a real head: how it runs, the least that it must move and compute, how wrong it may be.
+"""Each kernel at the shape of a real head: its launch, the least bytes and operations it needs, and its error bound.
 
-Shapes: N response tokens, n those of one chunk, V vocabulary, H hidden, M columns that the filter keeps.
+Shapes: N response tokens, n tokens of one chunk, V vocabulary, H hidden, M columns that the filter keeps.
 
-Bytes are the fewest there are: every input read once, every output written once. Operations are those of matrix
-products. Importing this imports the kernels: whoever wants them interpreted sets TRITON_INTERPRET before.
+Bytes count every input read once and every output written once. Operations count matrix products only. Importing this
+module imports the kernels: set TRITON_INTERPRET before if they are to be interpreted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from d2o_fast.loss.matmul import product_
 from d2o_fast.loss.ops import WORKSPACE_BYTES
 from d2o_fast.loss.reference import d2o_loss, naive_linear_logprob, sequence_logps
 
-SAMPLE = 64  # rows, or kept columns, at which a large result is compared in fp64
+SAMPLE = 64  # rows, or kept columns, of a large result that are compared with fp64
 FILTER_EPS = 1e-3
 FP32_BOUND = 5e-6  # of the RMS error relative to fp64
 ROUNDED_BOUND = 5e-3  # with one rounding to 16 bits (the interpreter truncates to bf16)
 
 
 class Shape(NamedTuple):
-    """``prompts`` prompts of 1 + 11 responses of ``tokens`` tokens; a chunk: one prompt, or what a workspace holds."""
+    """``prompts`` prompts of 1 + 11 responses of ``tokens`` tokens; a chunk is one prompt or fills a workspace."""
 
     head: str
     H: int
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(head: str, tiny: bool = False) -> Shape:
-    """``tiny``: a shape that shows whether everything runs; its V is odd where the head's is."""
+    """The shape of a head. ``tiny``: a small one that shows whether everything runs; its V is odd if the head's is."""
     H, V, softcap = HEADS[head]
     return Shape(head, 40, 192 + V % 16, softcap, 2, 1) if tiny else Shape(head, H, V, softcap, 8, 128)
 
@@ -67,7 +67,7 @@ class Work:
     kernel: str
     size: dict[str, int]
     launch: Callable[[], Any]
-    error: Callable[[Any], float]  #: of a launch's result: RMS, relative to fp64, over its bound; infinite for NaN
+    error: Callable[[Any], float]  #: RMS error of a launch's result relative to fp64, over its bound; infinite for NaN
     moved: float  #: bytes
     operations: float = 0.0
     launches: int = 1
@@ -77,12 +77,12 @@ class Work:
 class Operands:
     """Random tensors of one head. Logits have a standard deviation of 2.
 
-    A weight of a wider dtype holds numbers of the narrower: to round them loses nothing.
+    A weight of a wider dtype holds numbers of the narrower one: rounding them loses nothing.
     """
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None):
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.rounded = FP32_BOUND if dtype == torch.float32 else ROUNDED_BOUND  #: of what is returned in ``dtype``
+        self.rounded = FP32_BOUND if dtype == torch.float32 else ROUNDED_BOUND  #: for results in ``dtype``
         self.draw = torch.Generator(device).manual_seed(0)
         self.hidden = self.normal(shape.N, shape.H).to(dtype)
         self.weight = (self.normal(shape.V, shape.H) * (2 / math.sqrt(shape.H))).to(dtype).to(weight_dtype or dtype)
@@ -92,7 +92,7 @@ class Operands:
         return torch.randn(*size, generator=self.draw, device=self.device)
 
     def sample(self, count: int) -> torch.Tensor:
-        """Some of the indices below ``count``, the first and the last among them."""
+        """Some indices below ``count``, including the first and the last."""
         return torch.linspace(0, count - 1, min(count, SAMPLE), device=self.device).long()
 
 
@@ -123,7 +123,7 @@ class Gradient:
     def __init__(self, of: Operands, share: float = 1.0) -> None:
         n, V = of.shape.n, of.shape.V
         large = torch.rand(V, generator=of.draw, device=of.device) < share
-        large[-1] = True  # never no column at all
+        large[-1] = True  # at least one column
         self.source = of.normal(n, V).mul_(large).add_(FILTER_EPS / 1000).to(of.dtype)
         memory = torch.zeros(n, V, device=of.device)  # a CPU's product may read past the end of a 16-bit row
         self.memory = memory if of.dtype == torch.float32 else memory.view(of.dtype)[:, :V]
@@ -247,7 +247,7 @@ def filtered_work(of: Operands, gradient: Gradient, label: str, dhidden: bool = 
 
 
 def vendor_work(of: Operands, logits: Logits, gradient: Gradient) -> list[Work]:
-    """The three products of a step as the GPU's path asks the vendor's library for them."""
+    """The three products of a step, as ``loss/triton_engine.py`` calls the vendor's library for them."""
     (n, V), H, size = gradient.source.shape, of.shape.H, of.dtype.itemsize
     hidden, weight, grad, source = of.hidden[:n], of.weight, gradient.memory, gradient.source
     out, into, total = logits.memory, torch.empty_like(hidden), torch.empty(V, H, device=of.device)
@@ -274,7 +274,7 @@ def vendor_work(of: Operands, logits: Logits, gradient: Gradient) -> list[Work]:
 
 
 def all_work(of: Operands) -> list[Work]:
-    """Every kernel at this head, the vendor's products last. They share what memory they can: one runs at a time."""
+    """Every kernel at this head, the vendor's products last. They share memory, since one runs at a time."""
     logits, dense, sparse = Logits(of), Gradient(of), Gradient(of, share=0.05)
     return [
         linear_logprob_work(of),

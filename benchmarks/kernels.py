@@ -1,13 +1,13 @@
-"""One row per kernel at the heads of real models: floor, measured, gap, and what bounds it by the arithmetic.
+"""One row per kernel at the heads of real models: its floor, its measured time, the gap, and the floor's limit.
 
     python -m benchmarks.kernels                       # a CUDA device, all heads, within --seconds
     ncu --profile-from-start off --set full python -m benchmarks.kernels --profile logit_grad --head llama-3.1-8b
-    python -m benchmarks.kernels --dry-run             # a CPU, tiny shapes, interpreted: whether everything runs
+    python -m benchmarks.kernels --dry-run             # a CPU, tiny shapes, interpreted: checks that everything runs
 
 A kernel's *floor* is the longest of three times: its bytes over the rate of a large copy, its operations over the rate
-of a large square product, and its launches times that of a launch of nothing, all measured in the same run. Its
-results are compared with fp64 before it is timed. All kernels of a head run in turn, round after round, the L2 emptied
-before each. Writes kernels-<device>.json and .md after every head; ends with 1 if a kernel failed or is wrong.
+of a large square product, and its launches times the time of an empty launch, all measured in the same run. Its
+results are compared with fp64 before it is timed. Each round runs every kernel of a head once and empties the L2
+before each. Writes kernels-<device>.json and .md after every head; exits with 1 if a kernel failed or is wrong.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Stopwatch:
 
 
 def checked(work: Work) -> str:
-    """Why the kernel is not to be timed, or "". Its first launch, so that it is compiled afterwards."""
+    """Launches the kernel once, which also compiles it; returns why it may not be timed, or ""."""
     try:
         work.prepare()
         error = work.error(work.launch())
-    except Exception as failure:  # of the compiler, of the device, for want of memory: the others go on
+    except Exception as failure:  # the compiler, the device or its memory: the others go on
         return f"{type(failure).__name__}: {str(failure).strip()[:300]}"
     return "" if error <= 1.0 else f"its error is {error:.2g} times the bound"
 
@@ -117,7 +117,7 @@ def works_of(head: str, device: torch.device, dtype: str, tiny: bool, only: str 
 
 
 def profile(works: Sequence[Work]) -> None:
-    """A launch of each that a profiler sees, after one that it does not."""
+    """Launches each kernel twice; a profiler sees only the second launch."""
     for work in works:
         if reason := checked(work):
             raise RuntimeError(f"{work.kernel}: {reason}")

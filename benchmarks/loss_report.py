@@ -1,4 +1,4 @@
-"""Rows of the loss into files: JSON lines, Markdown tables, and a roofline plot."""
+"""Writes the rows of the loss suites: JSON lines, Markdown tables, and a roofline plot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WHERE = ("suite", "head", "device", "dtype", "mode", "inputs", "N", "H", "V", "S
 
 
 def append_row(path: Path, row: Row) -> None:
-    """One line, on disk when this returns."""
+    """Appends one line, which is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the same case together, in the order in which they were measured."""
+    """The rows of each case, in the order of measurement."""
     together: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         together.setdefault(tuple(row.get(name) for name in WHERE), []).append(row)
@@ -31,7 +31,7 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def markdown(rows: Sequence[Row], title: str, dry_run: bool = False) -> list[str]:
-    """Everything as Markdown: errors over all cases in one table, then one table per case that was timed."""
+    """The report as Markdown: one table of errors over all cases, then one table per timed case."""
     about = next((row for row in rows if "versions" in row), None)
     lines = heading(title, about, dry_run) if about else [f"# {title}", ""]
     for dtype, rates in {row["dtype"]: row["rates"] for row in rows if row.get("rates")}.items():
@@ -82,7 +82,7 @@ def ranking(group: Sequence[Row]) -> list[Row]:
 
 
 def wrong(rows: Sequence[Row]) -> list[str]:
-    """The providers of ours that failed or are out of their error bound; the filter is allowed to be."""
+    """Our providers that failed or are out of their error bound; the filter may be out of it."""
     bad = (row["provider"] for row in rows if row["status"] in ("failed", "out of bound"))
     return sorted({name for name in bad if name.startswith("ours") and name != "ours-filtered"})
 
@@ -147,10 +147,10 @@ def _number(value: float | None) -> str:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> str | None:
-    """Plot useful TFLOP/s over intensity under the ceilings measured in the same run. Returns why not, if not.
+    """Plots useful TFLOP/s over intensity under the ceilings measured in the same run. Returns why it cannot, or None.
 
-    Useful operations are those of the floor (3, 2 or 1 products of 2 N H V), whatever a provider computes; the bytes
-    are the fewest there are: inputs and gradients once.
+    Useful operations are those of the floor (3, 2 or 1 products of 2 N H V) for every provider. Bytes count inputs and
+    gradients once.
     """
     try:
         import matplotlib

@@ -1,4 +1,4 @@
-"""Measure one case: errors against fp64 first, then memory, then time with the providers interleaved.
+"""Measures one case: errors against fp64 first, then memory, then time with the providers interleaved.
 
 Shapes: N response tokens, V vocabulary, H hidden. Memory in bytes, time in seconds.
 """
@@ -29,26 +29,26 @@ from benchmarks.shapes import (
 )
 from benchmarks.timing import interleaved, memory_growth, quartiles, timed
 
-#: The shared error bound, relative: a provider past it is reported, but not ranked. Gradients and log-probabilities by
-#: their root mean square. Eager's bf16 logits (8 bits for numbers near 12) lie inside; TF32 products as fp32 do not.
+#: The shared relative error bound: a provider past it is reported, but not ranked. It bounds the root mean square of
+#: gradients and log-probabilities. Eager's bf16 logits (8 bits for numbers near 12) pass; TF32 products as fp32 fail.
 BOUNDS = {
     "fp32": {"loss": 1e-5, "rest": 5e-5},
     "bf16": {"loss": 3e-2, "rest": 5e-2},
     "fp16": {"loss": 4e-3, "rest": 1e-2},
 }
-SLOW = 10.0  # times the floor: one round of so slow a provider says enough, and more would take the others' time
+SLOW = 10.0  # times the floor: one round of so slow a provider is enough, and more would cost the others' time
 Emit = Callable[[dict[str, Any]], None]
 
 
 class DeviceLost(RuntimeError):
-    """A provider left the CUDA context unusable: only a new process can go on."""
+    """A provider left the CUDA context unusable; only a new process can go on."""
 
 
 def run_case(case: Case, providers: list[Provider], emit: Emit, seconds: float = 60.0) -> list[dict[str, Any]]:
-    """Rows of all providers, in order. ``emit`` hears which provider is at work and what came of it, at once.
+    """Rows of all providers, in order. ``emit`` gets the provider at work, or None for our own work.
 
-    Each row holds the case, ``status`` ("ok", "missing", "failed", "out of bound") with its ``reason``, and what was
-    measured. ``seconds`` limits the timing.
+    Each row holds the case, ``status`` ("ok", "missing", "failed", "out of bound") with its ``reason``, and the
+    measurements. ``seconds`` limits the timing.
     """
     deadline = time.monotonic() + seconds
     torch.manual_seed(case.seed)
@@ -68,7 +68,7 @@ def run_case(case: Case, providers: list[Provider], emit: Emit, seconds: float =
         if provider.name not in ready:
             continue
         if "errors" in case.measure and provider.objective not in exact:
-            emit({"event": "provider", "name": None})  # a failure here would not be the provider's
+            emit({"event": "provider", "name": None})  # a failure here is not the provider's
             exact[provider.objective] = exact_results(problem, case.mode, provider.objective)
             emit({"event": "provider", "name": provider.name})
         with _failures_into(row, case):
@@ -84,7 +84,7 @@ def run_case(case: Case, providers: list[Provider], emit: Emit, seconds: float =
     exact.clear()
     if "memory" in case.measure:
         gc.collect()
-        gc.freeze()  # what is alive now: the collections before each provider's turn need not look at it again
+        gc.freeze()  # so that the collections before each provider's turn skip the objects alive now
         for name in list(ready):
             emit({"event": "provider", "name": name})
             with _failures_into(rows[name], case):
@@ -117,7 +117,7 @@ def step(functions: Functions, problem: Problem, mode: str) -> Results:
 
 
 def errors(found: Results, exact: Results, problem: Problem) -> dict[str, float]:
-    """Of each result against fp64. Sequences' log-probabilities are sums, and their error is in nats."""
+    """The error of each result against fp64. Sequences' log-probabilities are sums; their error is in nats."""
     measured: dict[str, float] = {}
     for name in ("loss", "dhidden", "dweight", "logps"):
         mine, true = getattr(found, name), getattr(exact, name)
@@ -135,7 +135,7 @@ def errors(found: Results, exact: Results, problem: Problem) -> dict[str, float]
 
 
 def verdict(measured: dict[str, float], dtype: str) -> dict[str, str]:
-    """Whether every error is within the shared bound; NaN is not."""
+    """The row's ``status``, "ok" if every error is within the shared bound (NaN is not), or its ``reason`` too."""
     bounds = BOUNDS[dtype]
     for name in ("loss", "dhidden", "dweight", "logps"):
         bound = bounds["loss" if name == "loss" else "rest"]
@@ -145,7 +145,7 @@ def verdict(measured: dict[str, float], dtype: str) -> dict[str, str]:
 
 
 def peak_memory(functions: Functions, problem: Problem, mode: str) -> dict[str, Any]:
-    """Most bytes held during a step beyond those held before it and the gradients that it returns."""
+    """Peak bytes of a step beyond the bytes held before it and the gradients that it returns."""
     returned: list[int] = []
     growth = memory_growth(
         lambda: returned.append(step(functions, problem, mode).gradient_bytes), problem.hidden.device
@@ -158,9 +158,9 @@ def peak_memory(functions: Functions, problem: Problem, mode: str) -> dict[str, 
 def _time_interleaved(
     ready: dict[str, Functions], rows: dict[str, dict[str, Any]], problem: Problem, case: Case, emit: Emit, until: float
 ) -> None:
-    """Every provider and the device's own products in turn; the products of the mode are the floor.
+    """Times every provider and the device's own products in turn; the products of the mode are the floor.
 
-    A provider that takes ``SLOW`` times their floor, and more than a second, runs in the first round alone.
+    A provider that takes ``SLOW`` times the floor, and more than a second, runs in the first round only.
     """
     device, units = problem.hidden.device, MODES[case.mode]
     products, slow = products_of(problem), set[str]()
@@ -205,14 +205,14 @@ def products_of(problem: Problem) -> list[Callable[[], object]]:
 
 @contextlib.contextmanager
 def _failures_into(row: dict[str, Any], case: Case) -> Iterator[None]:
-    """What a provider raises becomes its row's reason; the others go on."""
+    """An exception of a provider becomes its row's reason; the others go on."""
     try:
         yield
         if case.device == "cuda":
             torch.cuda.synchronize()
     except Missing as missing:
         row.update(status="missing", reason=str(missing))
-    except Exception as error:  # whatever a peer may raise
+    except Exception as error:  # a peer may raise anything
         row.update(status="failed", reason=f"{type(error).__name__}: {str(error).strip()[:300]}")
         gc.collect()
         if case.device == "cuda":
@@ -224,7 +224,7 @@ def _failures_into(row: dict[str, Any], case: Case) -> Iterator[None]:
 
 
 def finished(case: Case, row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The row as it is stored: the case's facts, and times as median and quartiles in milliseconds."""
+    """The stored row: the case's facts, and times as median and quartiles in milliseconds."""
     shape = {"N": case.N, "H": case.H, "V": case.V, "S": sum(map(len, case.lengths)), "G": len(case.lengths)}
     named = {"suite": case.suite, "head": case.head, "device": case.device, "dtype": case.dtype, "mode": case.mode}
     row = {**named, "inputs": case.inputs, "softcap": case.softcap, **shape, **facts, **row}

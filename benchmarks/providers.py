@@ -1,9 +1,8 @@
-"""Who computes the loss: ours in each form, plain torch, and every peer that has this operation.
+"""The providers of the loss: ours in each form, plain torch, and every peer that has this operation.
 
-Each provider makes, for one problem, a function ``loss(hidden, weight) -> ()`` that carries the gradients, and where it
-can a function ``logps(hidden, weight) -> (N,)``. Whoever gives log-probabilities per token gets the same D2O loss on
-top. A peer that is not installed, or cannot do what a case needs, raises ``Missing`` with the reason: it then stands in
-the table by name.
+For one problem a provider makes a function ``loss(hidden, weight) -> ()`` that carries the gradients and, if it can, a
+function ``logps(hidden, weight) -> (N,)``. Providers of log-probabilities per token get the same D2O loss on top. A
+peer that is not installed, or cannot run a case, raises ``Missing`` with the reason; the table then lists it by name.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class Missing(Exception):
 class Functions(NamedTuple):
     loss: Loss | None
     logps: TokenLogps | None
-    path: str = ""  # which of its implementations ran, where it says so
+    path: str = ""  # the implementation that ran, if the provider names it
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``objective``: "d2o", or "sum" where only a plain sum of log-probabilities can be had: timed, but not ranked."""
+    """``objective``: "d2o", or "sum" if it has only a plain sum of log-probabilities. A sum is timed, not ranked."""
 
     name: str
     make: Callable[[Problem], Functions]
@@ -48,7 +47,7 @@ class Provider:
 
 
 def group_loss(token_logps: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """``reference.d2o_loss`` of token log-probabilities (N,), all prompts at once so that a GPU does not wait.
+    """``loss/reference.py``'s ``d2o_loss`` of token log-probabilities (N,), for all prompts at once as a GPU needs it.
 
     Sums in fp64, the loss in fp32.
     """
@@ -108,7 +107,7 @@ def ours(problem: Problem, workspace_bytes: int | None = None, grad_filter_eps: 
 
 
 def ours_staged(problem: Problem) -> Functions:
-    """Room for a third of the longest prompt's logits: every long prompt goes through in chunks."""
+    """Ours with room for a third of the longest prompt's logits, so that every long prompt is split into chunks."""
     ranges = [problem.layout.token_range(g) for g in range(problem.layout.num_prompts)]
     longest = max(end - start for start, end in ranges)
     return ours(problem, workspace_bytes=max(1, longest // 3) * problem.weight.shape[0] * 4)
@@ -121,7 +120,7 @@ def ours_two_pass(problem: Problem) -> Functions:
 def naive(problem: Problem, compiled: bool = False) -> Functions:
     function = naive_linear_logprob
     if compiled:
-        torch._dynamo.reset()  # past a few recompilations of one function it would run eagerly
+        torch._dynamo.reset()  # torch runs a function eagerly after a few recompilations
         function = torch.compile(naive_linear_logprob, dynamic=False)
     return per_token(problem, lambda h, w: function(h, w, problem.targets, softcap=problem.softcap))
 
@@ -170,7 +169,7 @@ def liger_scaled_ce(problem: Problem) -> Functions:
 def liger_chunked(problem: Problem) -> Functions:
     """D2O written into Liger's chunked unpaired preference loss, one prompt's 1 + K responses per chunk.
 
-    The base has no cached references: they are handed to the chunks, which come in order, from outside.
+    The base has no cached references: the chunks come in order and read them from outside.
     """
     base = need("liger_kernel.chunked_loss.fused_linear_unpaired_preference").LigerFusedLinearUnpairedPreferenceBase
     refuse_softcap(problem)
@@ -204,7 +203,7 @@ def liger_chunked(problem: Problem) -> Functions:
 
 
 def liger_dpo(problem: Problem) -> Functions:
-    """Liger's chunked DPO, which is D2O at K = 1 and alpha = beta; cached references again from outside."""
+    """Liger's chunked DPO, which is D2O at K = 1 and alpha = beta; it also reads cached references from outside."""
     base = need("liger_kernel.chunked_loss.dpo_loss").LigerFusedLinearDPOFunction
     refuse_softcap(problem)
     layout, G, S = problem.layout, problem.layout.num_prompts, problem.layout.num_responses

@@ -1,4 +1,4 @@
-"""The report of every benchmark: its options, the versions that it names, its tables and its files."""
+"""The parts that every benchmark's report shares: options, versions, tables and files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def options(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def require_cuda(parser: argparse.ArgumentParser, dry_run: bool) -> torch.device:
-    """The device of a benchmark for GPUs. A dry run takes the CPU; kernels that are imported later are interpreted."""
+    """The device of a benchmark for GPUs. A dry run gets the CPU, and kernels imported later are interpreted."""
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def require_cuda(parser: argparse.ArgumentParser, dry_run: bool) -> torch.device
 
 
 def about_this_run(device: str) -> dict[str, Any]:
-    """Commit, versions, device and date: every row and every report names them."""
+    """Commit, versions, device and date, for every row and every report."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -58,7 +58,7 @@ def about_this_run(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether code was changed since."""
+    """The current commit, and whether code has changed since."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -82,7 +82,7 @@ def heading(title: str, about: dict[str, Any], dry_run: bool = False) -> list[st
 
 
 def table(columns: str, rows: Iterable[Sequence[Any]]) -> list[str]:
-    """As Markdown. ``columns``: their titles between bars."""
+    """A table's lines as Markdown. ``columns``: titles between bars."""
     lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
     for row in rows:
         cells = ["" if cell is None else str(cell).replace("|", "/").replace("\n", " ") for cell in row]
@@ -96,12 +96,12 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 
 def place(out: Path, name: str, device: str, dry_run: bool) -> Path:
-    """Where ``save`` puts a report; that of a dry run lies beside the measured one, and not in its place."""
+    """The path for ``save``. A dry run's report does not replace the measured one."""
     return out / f"{name}-{device}{'-tiny' if dry_run else ''}"
 
 
 def save(path: Path, lines: Sequence[str], about: dict[str, Any], **content: Any) -> str:
-    """``path``.md with the report, and ``path``.json with the numbers behind it. Returns the text."""
+    """Writes the report to ``path``.md and its numbers to ``path``.json. Returns the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines).rstrip() + "\n"
     path.with_name(path.name + ".md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Run cases in a process of their own and keep every row: a provider that crashes or hangs loses its own rows only.
+"""Runs cases in a separate process and keeps every row: a provider that crashes or hangs loses its own rows only.
 
 python -m benchmarks.runner < plan.json      # the worker: one JSON object per line on stdout
 """
@@ -23,7 +23,7 @@ from benchmarks.shapes import DTYPES, Case
 from benchmarks.timing import device_rates
 
 COMMAND = [sys.executable, "-m", "benchmarks.runner"]
-GRACE = 60.0  # seconds past its budget after which a worker is taken to hang
+GRACE = 60.0  # seconds past its budget; a worker still running then counts as hanging
 
 
 def run_cases(
@@ -31,8 +31,8 @@ def run_cases(
 ) -> list[dict[str, Any]]:
     """Rows of all cases. ``keep`` gets each row as soon as it is measured.
 
-    ``seconds`` is shared out over the cases; a case that the time does not reach is kept as "not run". When the worker
-    dies or hangs, the provider at work then is named as failed and sits out the rest; the others go on in a new worker.
+    ``seconds`` is divided among the cases; a case out of time is kept as "not run". If the worker dies or hangs, the
+    provider at work is marked as failed and skipped from then on; the others go on in a new worker.
     """
     deadline, rows = time.monotonic() + seconds, list[dict[str, Any]]()
     crashed: dict[str, str] = {}
@@ -56,7 +56,7 @@ def run_cases(
         if failure is None:
             break
         print(f"worker: {failure} (provider {provider})", file=log)
-        if provider is None or provider in crashed:  # not a provider's doing: this case cannot be run
+        if provider is None or provider in crashed:  # no provider's fault: the case cannot run
             for name in cases[index].providers:
                 add(finished(cases[index], {"provider": name, "status": "failed", "reason": failure}, {}))
             index += 1
@@ -68,7 +68,7 @@ def run_cases(
 def worker_events(
     cases: Sequence[Case], crashed: dict[str, str], deadline: float, log: TextIO
 ) -> Iterator[dict[str, Any]]:
-    """What one process says that measures cases in turn; at last {"event": "failure"} if it dies or hangs."""
+    """The events of one process that measures cases in turn; ends with {"event": "failure"} if it dies or hangs."""
     plan = {"cases": [case.to_json() for case in cases], "crashed": crashed, "seconds": deadline - time.monotonic()}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
     process = subprocess.Popen(COMMAND, cwd=ROOT, text=True, **pipes)
@@ -85,7 +85,7 @@ def worker_events(
         process.stdin.write(json.dumps(plan))
         process.stdin.close()
         while (line := lines.get(timeout=max(0.1, deadline + GRACE - time.monotonic()))) is not None:
-            if line.startswith('{"event"'):  # and is not something that a library printed
+            if line.startswith('{"event"'):  # libraries print other lines
                 yield json.loads(line)
         if process.wait() != 0:
             yield {"event": "failure", "reason": f"the process ended with code {process.returncode}"}
@@ -97,7 +97,7 @@ def worker_events(
 
 
 def work(plan: dict[str, Any], out: TextIO) -> None:
-    """The worker's side: measure the plan's cases and print events."""
+    """The worker's side: measures the plan's cases and prints events."""
 
     def emit(event: dict[str, Any]) -> None:
         print(json.dumps(event), file=out, flush=True)

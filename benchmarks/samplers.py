@@ -2,13 +2,13 @@
 
     python -m benchmarks.samplers             # three minutes on two idle cores
     python -m benchmarks.samplers --dry-run   # everything once, in seconds; not a measurement
-    python -m benchmarks.samplers --vllm /elsewhere/bin/vllm    # vLLM too, in an environment of its own
+    python -m benchmarks.samplers --vllm /elsewhere/bin/vllm    # vLLM too, in its own environment
 
-All draw the same number of responses from one Llama with random weights, made on the spot, with the same number of
-threads; in every round each of them once, in an order of its own. Before any time is taken each must draw from the
-softmax: right counts, each response ended by EOS or by its length, first tokens as often as their probabilities say.
+All draw the same number of responses from one Llama with random weights, with the same number of threads. Each runs
+once per round, in a new order every time. Before it is timed, each must pass a check that it draws from the softmax:
+the counts are right, EOS or the length ends each response, and first tokens are as frequent as their probabilities.
 
-Writes samplers-cpu.json and .md. K responses of one prompt.
+Writes samplers-cpu.json and .md. K is the number of responses of one prompt.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from d2o_fast.sampling.server import ServerSampler
 
 V, EOS = 64, 0
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-CONCURRENCY = 8  #: prompts under way at a time on a server
-BOUND = 5.0  #: standard deviations of the statistic within which first tokens count as drawn from the softmax
+CONCURRENCY = 8  #: prompts that a server samples at a time
+BOUND = 5.0  #: in standard deviations of the statistic; first tokens within it count as drawn from the softmax
 
 Draws = list[list[list[int]]]
 Sampler = Callable[[Sequence[Sequence[int]], int, int, int], Draws]  #: prompts, K, most tokens, seed
@@ -67,7 +67,7 @@ FULL, QUICK = Work(G=8, P=24, K=11, R=32), Work(G=2, P=6, K=3, R=4)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of the words w1 to w63, and EOS: every response is its text, and the other way round."""
+    """One token for each of the words w1 to w63, and EOS: text and tokens determine each other."""
     words = {"</s>": EOS, **{f"w{i}": i for i in range(1, V)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -91,7 +91,7 @@ def random_model(seed: int = 0) -> Any:
 
 
 def generate_loop(model: Any, together: bool) -> Sampler:
-    """What one writes first: ``generate`` on a prompt, for K responses at once or for one at a time."""
+    """The plain loop: ``generate`` on each prompt, for K responses at once or for one at a time."""
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
         torch.manual_seed(seed)
@@ -122,7 +122,7 @@ def ours(model: Any) -> Sampler:
 
 
 def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
-    """``server.py``, texts made into tokens again."""
+    """``sampling/server.py``; its texts are tokenized again."""
     server = ServerSampler(url, name, CONCURRENCY, 120.0)
 
     def sample(prompts: Sequence[Sequence[int]], num: int, longest: int, seed: int) -> Draws:
@@ -130,7 +130,7 @@ def over_http(url: str, name: str, tokenizer: Any) -> Sampler:
         asked = [ServerPrompt(t, list(p), f"prompt {i}") for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
         draws = server.sample(asked, num, Sampling(longest, 1.0, 1.0, (EOS,), (seed,)))
         rows = rows_from([{"prompt": text, "rejected": " w1"} for text in texts])
-        # The blank that stands between words is not in a text that begins with one.
+        # A text that begins with a word lacks the space that separates words.
         drawn = [[replace(draw, text=f" {draw.text}" if draw.text else "") for draw in d] for d in draws]
         longest_config = D2OConfig(max_length=4096, max_completion_length=longest)
         return tokenize_drawn(rows, drawn, tokenizer, longest_config, [EOS])
@@ -144,7 +144,7 @@ def _until_eos(response: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def samplers(model: Any, tokenizer: Any, vllm: str | None) -> Iterator[dict[str, Sampler | str]]:
-    """Every sampler by name; in place of one that cannot run here, why. ``vllm``: its command, if it is here."""
+    """Every sampler by name, or the reason why it cannot run here. ``vllm``: its command, if it is installed."""
     found: dict[str, Sampler | str] = {
         "generate, one response at a time": generate_loop(model, together=False),
         "generate, one prompt at a time (num_return_sequences = K)": generate_loop(model, together=True),
@@ -171,7 +171,7 @@ def samplers(model: Any, tokenizer: Any, vllm: str | None) -> Iterator[dict[str,
 
 
 def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Standard deviations by which Pearson's statistic exceeds its mean; outcomes expected less than 5 times pooled."""
+    """Pearson's statistic above its mean, in standard deviations; outcomes expected fewer than 5 times are pooled."""
     expected = probabilities * counts.sum()
     rare = expected < 5
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
@@ -182,10 +182,10 @@ def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> floa
 
 
 def gate(sampler: Sampler, model: Any, work: Work, num: int) -> str | None:
-    """What is wrong with what it draws, or None.
+    """The fault in the sampler's draws, or None.
 
-    A response may be one token short of its length without EOS: ``transformers serve`` says of one that drew EOS as its
-    very last token that its length ended it.
+    A response may be one token short of its length without EOS: if EOS is the last token of the full length,
+    ``transformers serve`` reports that the length ended it.
     """
     prompts = work.prompts()
     for i, of_prompt in enumerate(draws := sampler(prompts, work.K, work.R, 1)):
@@ -211,7 +211,7 @@ def gate(sampler: Sampler, model: Any, work: Work, num: int) -> str | None:
 
 
 def measure(model: Any, found: dict[str, Sampler | str], work: Work, rounds: int, num: int) -> list[dict[str, Any]]:
-    """A row for each sampler: why it is not timed, or seconds and tokens of each round."""
+    """A row for each sampler: the reason why it is not timed, or seconds and tokens of each round."""
     rows, calls = dict[str, dict[str, Any]](), dict[str, Callable[[], float]]()
 
     def call(row: dict[str, Any], sampler: Sampler) -> float:
@@ -232,7 +232,7 @@ def measure(model: Any, found: dict[str, Sampler | str], work: Work, rounds: int
 
 
 def rates(rows: Sequence[dict[str, Any]], work: Work) -> list[str]:
-    """As Markdown; a sampler that was not timed with its reason."""
+    """The table as Markdown; a sampler that was not timed has its reason."""
     cells = []
     medians = {row["sampler"]: statistics.median(row["seconds"]) for row in rows if row["seconds"]}
     base = next((median for name, median in medians.items() if "one prompt at a time" in name), None)

@@ -1,4 +1,4 @@
-"""Real servers on loopback, each a process of its own."""
+"""Real servers on loopback, each in its own process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def reserved_port() -> Iterator[int]:
 
 
 def transformers_serve(log: Path, threads: int = 1) -> contextlib.AbstractContextManager[str]:
-    """The address of a server that loads any model by its folder, without a network; stopped at the end.
+    """The address of a server that loads any model by its folder, without a network. The context stops it at its end.
 
     Args:
-        log: where its output goes.
+        log: the file for its output.
 
     Raises:
         RuntimeError: it is not installed (the extra ``test``), ends, or does not answer within ten minutes.
@@ -42,14 +42,14 @@ def vllm_serve(program: str, model: Path, log: Path, threads: int = 1) -> contex
     """The address of a vLLM (a build for CPUs) that serves ``model`` in fp32 under the name of its folder.
 
     Args:
-        program: its ``vllm`` command, of whatever environment.
-        log: where its output goes.
+        program: its ``vllm`` command, from any environment.
+        log: the file for its output.
 
     Raises:
         RuntimeError: it cannot be started, ends, or does not answer within ten minutes.
     """
     command = [program, "serve", str(model), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    # A prompt that is read in two parts kills vLLM 0.32 on a CPU if its request has a seed: read all at once.
+    # On a CPU vLLM 0.32 crashes if it reads a prompt in two parts and the request has a seed: it must read all at once.
     return _served([*command, "--max-num-batched-tokens", "32768"], log, threads)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the heads of real models, prompts of 1 + K responses, and inputs like those of a language model.
+"""The measured cases: the heads of real models, prompts of 1 + K responses, and inputs like a language model's.
 
 Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 """
@@ -37,14 +37,14 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: every provider named computes the same thing on the same tensors.
+    """One measurement: every named provider computes the same thing on the same tensors.
 
     Args:
         lengths: tokens of each response, ``lengths[g] = [negative, anchor_1, .. anchor_K]``.
         mode: "train" (gradients of hidden and weight), "frozen" (of hidden alone) or "score" (log-probabilities only).
         inputs: "random" (logits nearly uniform) or "peaked" (like a trained model's, see ``make_problem``).
         measure: any of "errors" (the gate), "memory" and "time".
-        rounds: most rounds of the timing.
+        rounds: the most rounds of the timing.
     """
 
     suite: str
@@ -121,13 +121,13 @@ class Problem:
 
 
 def make_problem(case: Case) -> Problem:
-    """Draw the tensors of a case from its seed.
+    """Draws the tensors of a case from its seed.
 
     Weight rows are N(0, 1/H), so a random hidden state (N(0, 1)) gives logits of variance 1 and an almost uniform
-    softmax. A *peaked* hidden state adds ``CANDIDATES`` random rows of the weight, each with its own margin: the first
-    about as large as log V, the next ones falling off, as a trained model has a few likely next words and a long tail.
-    Its target is drawn from the softmax over these. References lie near the policy's own log-probabilities (within a
-    few nats), so that no prompt's weight sigmoid(-z) is saturated.
+    softmax. A *peaked* hidden state adds ``CANDIDATES`` random rows of the weight, each with its own margin. The first
+    is about log V and the next ones fall off: a trained model, too, has a few likely next words and a long tail. The
+    target is drawn from the softmax over these. References are within a few nats of the policy's log-probabilities, so
+    that no prompt's weight sigmoid(-z) is saturated.
     """
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     draw = torch.Generator(device).manual_seed(case.seed)
@@ -172,7 +172,7 @@ def response_lengths(layout: ResponseLayout) -> list[int]:
 
 
 class Results(NamedTuple):
-    """What a step returns. ``loss`` and the gradients in "train" and "frozen", ``logps`` (N,) in "score"."""
+    """The results of a step: ``loss`` and the gradients in "train" and "frozen", ``logps`` (N,) in "score"."""
 
     loss: torch.Tensor | None = None
     dhidden: torch.Tensor | None = None
@@ -185,7 +185,7 @@ class Results(NamedTuple):
 
 
 def exact_results(problem: Problem, mode: str, objective: str = "d2o") -> Results:
-    """The reference in fp64, one prompt at a time, so that no more than one prompt's logits are held.
+    """The reference in fp64, one prompt at a time, so that only one prompt's logits are held.
 
     ``objective``: "d2o", or "sum" for the plain sum of the tokens' negative log-probabilities.
     """
@@ -225,7 +225,7 @@ class Error(NamedTuple):
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> Error:
-    """Of a tensor of any dtype against its fp64 value; NaN or infinity in ``found`` gives an error of infinity."""
+    """The error of a tensor against its fp64 value; NaN or infinity in ``found`` gives an infinite error."""
     if found.shape != exact.shape:
         raise ValueError(f"shape {tuple(found.shape)} instead of {tuple(exact.shape)}")
     largest = norm = scale = scale_norm = 0.0

@@ -4,11 +4,11 @@
     python -m benchmarks.step --device cuda    # a model of 1B parameters with random weights, bf16 compute
     python -m benchmarks.step --dry-run        # everything once, in seconds; not a measurement
 
-All providers run the same model on the same prompts, interleaved, with a learning rate of 0, so that they keep
-computing the same thing; a step counts only if its loss and gradient norm are those of the padded one. Response rows
-alone reach the head and the references are known, for all of them.
+All providers run the same model on the same prompts, interleaved. The learning rate is 0, so that they keep computing
+the same thing. A step counts only if its loss and gradient norm equal those of the padded step. For all providers only
+response rows reach the head, and the references are known.
 
-Shapes: P tokens of a prompt, R of a response, K anchors of one prompt, G prompts in a step, T tokens that are read.
+Shapes: P tokens of a prompt, R tokens of a response, K anchors of one prompt, G prompts in a step, T tokens read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from d2o_fast.training.step import adamw
 PROVIDERS = ("shared", "unshared", "padded")
 SEPARATE = "benchmark_separate"
 MODELS: dict[str, dict[str, Any]] = {
-    # The head has a fifth of the weights, as in Llama 3.2 1B: what stays the same when prompts are shared.
+    # The head has a fifth of the weights, as in Llama 3.2 1B: sharing prompts does not change its work.
     "cpu": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "vocab_size": 4096}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
@@ -86,7 +86,7 @@ def shapes(device: str, tiny: bool) -> list[Shape]:
 
 
 def separate_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, spans: Any, **kwargs: Any) -> Any:
-    """Without sharing and without padding: every prompt + response on itself, by the kernels that sharing uses."""
+    """Attention of each prompt + response to itself, without sharing or padding, by the kernels that sharing uses."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -97,7 +97,7 @@ def separate_attention(module: Any, query: Any, key: Any, value: Any, mask: Any,
 
 
 def separate_batch(padded: PackedBatch, examples: Sequence[Example]) -> tuple[dict[str, Any], torch.Tensor]:
-    """The padded rows without their padding as one row: the decoder's arguments, and where responses are predicted."""
+    """The padded rows as one row without padding: the decoder's arguments, and the indices that predict responses."""
     lengths = [len(e.prompt_ids) + len(response) for e in examples for response in e.responses()]
     kept = torch.arange(padded.input_ids.shape[1]) < torch.tensor(lengths)[:, None]
     place = kept.flatten().cumsum(0) - 1
@@ -129,13 +129,13 @@ class Workload:
         self.own = self.model.config._attn_implementation
 
     def tokens(self, provider: str) -> int:
-        """T."""
+        """T, the tokens that the provider reads in a step."""
         if provider == "unshared":
             return sum(example.num_tokens() for example in self.examples)
         return row_tokens(self.examples, shared=provider == "shared")
 
     def step(self, provider: str) -> tuple[float, float]:
-        """One step from token lists to updated weights; its loss and gradient norm."""
+        """Runs one step from token lists to updated weights; returns its loss and gradient norm."""
         hidden, batch = self._hidden(provider)
         options = {"alpha": self.config.alpha, "beta": self.config.beta, **self.head.options()}
         layout: ResponseLayout = batch.layout
@@ -171,13 +171,13 @@ class Workload:
 
 
 def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str, Any]]:
-    """A row per provider: equal to the padded step first, then memory, then time in rounds of all, shuffled."""
+    """A row per provider: first a comparison with the padded step, then memory, then time in shuffled rounds of all."""
     work = Workload(shape, device, tiny)
     rows: dict[str, dict[str, Any]] = {}
     ready: list[str] = []
     expected: tuple[float, float] | None = None
     bound = 1e-3 if device == "cpu" else 3e-2
-    for name in reversed(PROVIDERS):  # the padded one first
+    for name in reversed(PROVIDERS):  # padded first
         row = rows[name] = {"provider": name, **asdict(shape), "device": device, "status": "ok", "T": work.tokens(name)}
         try:
             work.step(name)  # the optimizer's state, compiled kernels
@@ -203,7 +203,7 @@ def measure(shape: Shape, device: str, tiny: bool, rounds: int) -> list[dict[str
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """As Markdown; ratios are the padded step's number over the provider's own."""
+    """The table as Markdown; a ratio is the padded step's number over the provider's."""
     columns = "P | R | K | G | lengths | provider | ms (quartiles) | faster than padded | fewer tokens | data tokens/s"
     cells = []
     for row in rows:

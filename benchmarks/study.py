@@ -1,18 +1,17 @@
 """The study in the demo's language: D2O beside its neighbours, and D2O's settings against each other.
 
     python -m benchmarks.study methods      # three seeds, about 10 minutes on two idle cores
-    python -m benchmarks.study settings     # anchors frozen or drawn anew, three leashes; five seeds, about an hour
+    python -m benchmarks.study settings     # anchors frozen or redrawn, three leashes; five seeds, about an hour
     python -m benchmarks.study settings --refresh_every 60 --anchor_weight 0.05 --alpha 0.03 0.1 0.3
 
 For each seed a model is trained as in ``d2o demo``. *methods*: every method tries every pair of learning rate and
-number of steps of one grid, and runs the pair with the highest "helpful minus harmful" on the validation prompts again;
-one row more is D2O with the demo's own setting. *settings*: a run for every combination of the values that are given,
-with the demo's learning rate and steps where nothing else is said. Every run is looked at on the test prompts every
-``LOOK`` steps: the worst moment counts too, not only the end. No training step sees validation or test prompts, and
-they do not overlap.
+number of steps of one grid, then runs again with the pair whose "helpful minus harmful" on the validation prompts is
+highest. One more row is D2O with the demo's setting. *settings*: one run for every combination of the given values;
+learning rate and steps default to the demo's. Every run is judged on the test prompts every ``LOOK`` steps, because
+the worst moment counts too. No training step sees validation or test prompts, and they do not overlap.
 
-Writes study-<part>.json (every run) and .md, and a plot of the settings. A run that is there already is not made again,
-so that the study can be stopped and continued.
+Writes study-<part>.json (every run) and .md, and a plot of the settings. Stored runs are kept, so that the study can be
+stopped and continued.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ from d2o_fast.training.metrics import read_log
 from d2o_fast.training.trainer import D2OTrainer
 
 matplotlib.use("Agg")  # no window
-LOOK = 10  #: steps between two looks at the test prompts
+LOOK = 10  #: steps between two evaluations on the test prompts
 SEEDS = {"methods": [1, 2, 3], "settings": [1, 2, 3, 4, 5]}
 PAPER = {"anchor_weight": 0.0, "refresh_every": 0}  #: the paper's loss, anchors drawn once
-#: An epoch has about 20 steps. The demo: every 60, and an anchor_weight of 0.05.
+#: An epoch has about 20 steps. The demo refreshes every 60 steps and has an anchor_weight of 0.05.
 GRID: dict[str, tuple[float, ...]] = {
     "refresh_every": (0, 60, 20, 1),
     "anchor_weight": (0.0, 0.005, 0.05),
@@ -70,7 +69,7 @@ Run = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of everything; ``fixed``: learning rate and steps of the demo."""
+    """The sizes of a study; ``fixed``: learning rate and steps of the demo."""
 
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     num_steps: tuple[int, ...] = (20, 80, 320)
@@ -91,7 +90,7 @@ class Job:
     name: str
     seed: int
     method: str  #: "d2o" or one of ``BASELINES``
-    settings: dict[str, Any]  #: that differ from the demo's
+    settings: dict[str, Any]  #: differences from the demo's
     choose: bool = False
 
 
@@ -119,14 +118,14 @@ def setting_jobs(seeds: Sequence[int], sizes: Sizes, grid: dict[str, Sequence[fl
 
 
 def start_process() -> None:
-    """One thread and no progress bars: more threads would only wait for each other with so small a model."""
+    """Sets one thread and no progress bars: with so small a model more threads only wait for each other."""
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.disable_progress_bar()
 
 
 def prepare(seed: int, folder: Path, sizes: Sizes) -> Shares:
-    """Model, feedback and anchors of one seed, made as the demo makes them; returns the model's shares on the test."""
+    """Makes model, feedback and anchors of one seed like the demo; returns the model's shares on the test prompts."""
     folder.mkdir()
     split = world.make_world(seed, sizes.train_prompts, *sizes.held_out_prompts)
     tokenizer = build_tokenizer()
@@ -138,13 +137,13 @@ def prepare(seed: int, folder: Path, sizes: Sizes) -> Shares:
     write_config(folder, seed, FULL)
     if (status := d2o(["sample", str(folder / "d2o.yaml")])) != 0:
         raise RuntimeError(f"d2o sample ended with status {status}")
-    logging.getLogger("d2o_fast").setLevel(logging.WARNING)  # the command had raised it
+    logging.getLogger("d2o_fast").setLevel(logging.WARNING)  # the command raised it
     config = config_of(folder, sizes, {}, watch=False)
     return judged(model, tokenizer, read_rows(str(folder / "held_out.jsonl")), config)
 
 
 def config_of(folder: Path, sizes: Sizes, settings: dict[str, Any], watch: bool) -> D2OConfig:
-    """The demo's settings of one seed with this run's own; ``judge`` and ``eval_steps`` only where it is watched."""
+    """The demo's settings of one seed with this run's own; ``judge`` and ``eval_steps`` only if ``watch``."""
     demo: dict[str, Any] = yaml.safe_load((folder / "d2o.yaml").read_text())
     demo |= {"judge_num_generations": sizes.generations, "eval_steps": LOOK if watch else 0, **settings}
     if not watch:
@@ -171,7 +170,7 @@ def run_job(job: Job, folder: Path, sizes: Sizes) -> Run:
 def train(
     job: Job, settings: dict[str, Any], folder: Path, sizes: Sizes, split: str, watch: bool
 ) -> tuple[Shares, list[tuple[int, Shares]]]:
-    """Trains once from the seed's model; (shares on the prompts of ``split`` at the end, the same on the way)."""
+    """Trains once from the seed's model; returns (shares on ``split`` at the end, shares on it during the run)."""
     config = config_of(folder, sizes, settings, watch)
     rows, tokenizer = read_rows(str(folder / f"{split}.jsonl")), load_tokenizer(config)
     if job.method != "d2o":
@@ -189,7 +188,7 @@ def train(
 
 
 def run_all(jobs: Sequence[Job], sizes: Sizes, processes: int, path: Path, dry_run: bool) -> tuple[list[Run], str]:
-    """(every run, the report). Those in ``path``.json are kept if they are of the same sizes and versions."""
+    """Returns (every run, the report). Runs in ``path``.json are kept if they have the same sizes and versions."""
     about, runs, text = about_this_run("cpu"), list[Run](), ""
     written, same = path.with_name(f"{path.name}.json"), json.loads(json.dumps(dataclasses.asdict(sizes)))
     if written.exists():
@@ -230,7 +229,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Half the width of the mean's 95% interval; nothing for two values or one, of which it says nothing."""
+    """Half the width of the mean's 95% interval; empty for fewer than three values, where it would mean little."""
     if len(values) < 3:
         return ""
     return f" ± {STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.1f}"
@@ -269,7 +268,7 @@ def markdown(runs: Sequence[Run], about: dict[str, Any], sizes: Sizes, dry_run: 
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Shares over steps, a panel for each row: a line for the mean of the seeds, a band from lowest to highest."""
+    """Plots shares over steps, one panel per row: a line for the mean of the seeds, a band from lowest to highest."""
     groups = grouped(runs)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
@@ -300,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = int if name == "refresh_every" else float
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=values, help=f"default: {values}")
     args = parser.parse_args(argv)
-    os.environ["TQDM_DISABLE"] = "1"  # for the processes below: hundreds of progress bars
+    os.environ["TQDM_DISABLE"] = "1"  # the processes below would print hundreds of progress bars
     seeds, sizes = args.seeds or SEEDS[args.part], TINY if args.dry_run else Sizes()
     grid = {name: getattr(args, name) for name in GRID}
     jobs = method_jobs(seeds, sizes) if args.part == "methods" else setting_jobs(seeds, sizes, grid)

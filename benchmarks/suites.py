@@ -1,4 +1,4 @@
-"""Which cases each suite measures."""
+"""The cases of each suite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ OURS = ("ours", "ours-two-pass", "ours-filtered")
 LIGER = ("liger-flce", "liger-scaled-ce", "liger-chunked", "liger-dpo")
 SUMS = ("torch-lce-sum", "liger-flce-sum", "quack-sum")
 EVERYONE = (*OURS, "naive", "naive-compiled", "torch-lce", *LIGER, "trl-chunked", "cce", "cce-exact", "quack", *SUMS)
-#: Compiling a head of another size takes a CPU longer than measuring it.
+#: On a CPU, compiling for another head takes longer than measuring it.
 UNCOMPILED = tuple(name for name in EVERYONE if name != "naive-compiled")
-#: A step of torch's own takes a CPU 8 s in bf16 at GPT-2's head, hence half a minute at these.
+#: A CPU needs 8 s for a step of torch's own loss in bf16 at GPT-2's head, and so half a minute at larger ones.
 LARGE = tuple(name for name in UNCOMPILED if not name.startswith("torch-lce"))
 SECONDS = {"errors": 60.0, "cpu-loss": 90.0, "memory": 110.0, "peers": 480.0, "gpu": 300.0}
 
@@ -50,7 +50,7 @@ def memory(device: str = "cpu", tiny: bool = False) -> list[Case]:
 
 
 def peers(device: str = "cpu", tiny: bool = False) -> list[Case]:
-    """Everybody on a CPU: GPT-2's head in full, the larger vocabularies with fewer rows and mostly a smaller H."""
+    """Every provider on a CPU: GPT-2's head in full, larger vocabularies with fewer rows and mostly a smaller H."""
     if tiny:
         one = Case("peers", "gpt2", equal_lengths(2, 2), 32, 503, device=device, providers=UNCOMPILED)
         plan = (("fp32", "train"), ("bf16", "frozen"), ("fp32", "score"))
@@ -104,5 +104,5 @@ SUITES = {"errors": errors, "cpu-loss": cpu_loss, "memory": memory, "peers": pee
 
 
 def cases_of(suite: str, device: str, tiny: bool = False) -> list[Case]:
-    """``tiny``: shapes that show whether everything runs, not how fast."""
+    """The cases of a suite. ``tiny``: shapes that show whether everything runs, not how fast."""
     return [replace(case, rounds=3) if tiny else case for case in SUITES[suite](device, tiny)]

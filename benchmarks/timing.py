@@ -24,9 +24,9 @@ Name = TypeVar("Name")
 def interleaved(
     calls: Mapping[Name, Callable[[], float | None]], rounds: int, until: float = math.inf, seed: int = 0
 ) -> dict[Name, list[float]]:
-    """The seconds that each call returned, round by round. A call that returns None takes no further part.
+    """The seconds that each call returned, round by round. A call that returned None is not called again.
 
-    Once ``until`` (of ``time.monotonic``) has passed, no round begins after ``MIN_ROUNDS``.
+    After ``MIN_ROUNDS`` rounds, no new round begins once ``until`` (of ``time.monotonic``) has passed.
     """
     order, shuffle = list(calls), random.Random(seed)
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
@@ -52,9 +52,9 @@ def quartiles(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def timed(function: Callable[[], object], device: torch.device, flush: torch.Tensor | None = None) -> float:
-    """Seconds of one call: by events on a CUDA device that has nothing else to do, by the clock elsewhere.
+    """Seconds of one call: by events on an idle CUDA device, by the clock elsewhere.
 
-    ``flush``: large enough that writing it empties the L2 and lasts until the host has queued the call.
+    ``flush``: so large that writing it empties the L2 and lasts until the host has queued the call.
     """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -72,10 +72,10 @@ def timed(function: Callable[[], object], device: torch.device, flush: torch.Ten
 
 
 def memory_growth(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes held during ``function`` beyond those before it; None where Linux does not say.
+    """Peak bytes held during ``function`` beyond those held before it; None if Linux does not tell.
 
-    CUDA: torch's allocator, exact. CPU: the growth of the process's peak resident set (VmHWM, set back before the call,
-    with the heap's free pages given back first), which sees what every library takes, to about 1 MiB.
+    CUDA: torch's allocator, exact. CPU: the growth of the process's peak resident set (VmHWM), which counts every
+    library's memory to about 1 MiB. VmHWM is reset before the call, after the heap has returned its free pages.
     """
     gc.collect()
     if device.type == "cuda":

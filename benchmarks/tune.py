@@ -1,13 +1,13 @@
-"""Tile configurations by measurement: the kernels' tables for the device at hand, as lines to paste into their source.
+"""Measures the kernels' tile tables on this device and prints them as lines to paste into their source.
 
     python -m benchmarks.tune                          # a CUDA device, within --seconds
-    python -m benchmarks.tune --dry-run                # a CPU, tiny shapes, interpreted: whether everything runs
+    python -m benchmarks.tune --dry-run                # a CPU, tiny shapes, interpreted: checks that everything runs
 
 For each entry of a table, at each head that reads it, every candidate is compiled, left out if it spills or does not
-fit, compared with fp64, and timed in turn with the others. The winner has the smallest geometric mean, over the heads,
-of its time over the fastest one's; the present configuration stays unless it is beaten by ``MARGIN``. The entries that
-matter most come first, and <date>-tiles-<architecture>.json and .md are written anew after each: what the time does not
-reach stays as it is. Processes of their own compile the candidates beforehand, into Triton's cache.
+fit, compared with fp64, and timed in turn with the others. The winner has the smallest geometric mean over the heads of
+its time over the fastest one's. The present configuration stays unless it is beaten by ``MARGIN``. The most important
+entries come first, and <date>-tiles-<architecture>.json and .md are rewritten after each. Entries out of time stay as
+they are. Separate processes compile the candidates beforehand into Triton's cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.timing import interleaved
 if TYPE_CHECKING:
     from benchmarks.kernel_cases import Operands, Work
 
-MARGIN = 0.01  # a smaller gain is not told from noise
+MARGIN = 0.01  # a smaller gain may be noise
 ROUNDS = 15
 ENTRIES = "forward, forward capped, stats, grad, dhidden, dweight, dhidden odd, dweight odd, forward mixed, "
 ENTRIES += "forward fp32, dhidden fp32, dweight fp32"
@@ -50,7 +50,7 @@ def tiles(kind: Any, text: str) -> tuple[Tile, ...]:
     return tuple(kind(*map(int, numbers.split())) for numbers in text.split(", "))
 
 
-# BLOCK_N, BLOCK_V, BLOCK_H, warps, stages, and row tiles side by side where not the default.
+# BLOCK_N, BLOCK_V, BLOCK_H, warps, stages, and row tiles side by side if not the default.
 FORWARD = (
     "128 256 64 8 3, 128 256 64 8 4 4, 128 256 64 8 4 8, 128 256 64 8 4 24, 128 256 32 8 6, "
     "128 256 128 8 2, 256 128 64 8 4, 256 128 64 8 3, 128 128 64 8 5, 128 128 64 4 5, 128 128 128 8 3, "
@@ -75,9 +75,9 @@ PRODUCT_FP32 = "64 64 32 8 3, 64 64 16 8 4, 128 64 16 8 4, 64 128 16 8 4, 128 12
 
 @dataclass(frozen=True)
 class Entry:
-    """What reads one entry of a table, and what to try there.
+    """One entry of a table: the kernels and heads that read it, and the tiles to try.
 
-    ``at``: the table and the key that the launcher reads for these operands, and what to time.
+    ``at``: the table and the key that the launcher reads for these operands, and the work to time.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Entry:
 
 @dataclass
 class Found:
-    """What was measured at one entry. ``ms``: by head and kernel, then by tile; ``out``: why a tile was left out."""
+    """The measurements of one entry. ``ms``: by head and kernel, then by tile; ``out``: why a tile was left out."""
 
     table: str
     key: Any
@@ -99,7 +99,7 @@ class Found:
     ms: dict[str, dict[Tile, float]] = field(default_factory=dict)
 
     def scores(self) -> dict[Tile, float]:
-        """Geometric mean of the time over the fastest one's, of every tile that ran everywhere."""
+        """Geometric mean of each tile's time over the fastest one's, for the tiles that ran everywhere."""
         columns = list(self.ms.values())
         everywhere = [tile for tile in (columns[0] if columns else ()) if all(tile in column for column in columns)]
         if not everywhere:
@@ -118,7 +118,7 @@ class Found:
 
 
 def tables() -> dict[str, Table]:
-    """By module and name, as in kernels/."""
+    """The tables by module and name, as in kernels/."""
     from d2o_fast.kernels import filtered_products, linear_logprob, logit_grad
 
     names = {
@@ -130,10 +130,10 @@ def tables() -> dict[str, Table]:
 
 
 def entries(device: torch.device) -> list[Entry]:
-    """What real heads read, the most telling first; for the interpreter, one head and one candidate each.
+    """The entries that real heads read, the most telling first; one head and one candidate each for the interpreter.
 
-    Of rows that cannot be read 16 bytes at a time, the filter's products alone are tuned: some vocabularies are odd,
-    no hidden size is. The candidates are the same for every device; what does not fit one is left out there.
+    For rows that cannot be read 16 bytes at a time, only the filter's products are tuned: some vocabularies are odd, no
+    hidden size is. All devices have the same candidates; a tile that does not fit a device is left out there.
     """
     from benchmarks import kernel_cases as cases
     from d2o_fast.kernels import filtered_products as products
@@ -193,7 +193,7 @@ def entries(device: torch.device) -> list[Entry]:
 
 @contextlib.contextmanager
 def using(known: Table, key: Any, tile: Tile) -> Iterator[None]:
-    """Inside, the launcher finds ``tile``."""
+    """Context manager: makes the launcher read ``tile``."""
     before, known[key] = known[key], tile
     try:
         yield
@@ -202,7 +202,7 @@ def using(known: Table, key: Any, tile: Tile) -> Iterator[None]:
 
 
 def spilled(kernels: Sequence[Any], device: torch.device) -> int:
-    """Most local memory of a thread, in bytes, of what was compiled since ``forget``: spills and stack of ptxas."""
+    """The most local memory (spills and stack) of a thread, in bytes, over the kernels compiled since ``forget``."""
     if device.type != "cuda":
         return 0
     compiled = [binary for kernel in kernels for cache in kernel.device_caches.values() for binary in cache[0].values()]
@@ -210,13 +210,13 @@ def spilled(kernels: Sequence[Any], device: torch.device) -> int:
 
 
 def forget(kernels: Sequence[Any], device: torch.device) -> None:
-    """Compiled kernels leave this process; they stay in Triton's cache on disk."""
+    """Drops the compiled kernels from this process; they stay in Triton's cache on disk."""
     for kernel in kernels if device.type == "cuda" else ():
         kernel.device_caches.clear()
 
 
 def refused(entry: Entry, work: Work, device: torch.device) -> str:
-    """Why the tile in place is out of the running, or ""."""
+    """The reason to leave the present tile out, or ""."""
     forget(entry.kernels, device)
     reason = checked(work)
     if not reason and (local := spilled(entry.kernels, device)):
@@ -225,7 +225,7 @@ def refused(entry: Entry, work: Work, device: torch.device) -> str:
 
 
 def tune(entry: Entry, watch: Stopwatch, until: float, rounds: int = ROUNDS) -> Found:
-    """Checks and times every candidate at every head that the time reaches, the first head in any case."""
+    """Checks and times every candidate at every head until the time is out, but at the first head in any case."""
     found: Found | None = None
     for head in entry.heads:
         if found is not None and time.monotonic() > until:
@@ -271,9 +271,9 @@ def operands(entry: Entry, head: str, device: torch.device) -> Operands:
 
 
 def compile_part(part: int, parts: int) -> None:
-    """Launches every ``parts``-th candidate once, for the sake of what that leaves in Triton's cache.
+    """Launches every ``parts``-th candidate once to fill Triton's cache.
 
-    What a candidate fails at here is not said: it fails again where it is measured, and is named there.
+    Failures are ignored here: the candidate fails again when it is measured, and is named then.
     """
     for entry in entries(torch.device("cuda")):
         for head in entry.heads:
@@ -286,7 +286,7 @@ def compile_part(part: int, parts: int) -> None:
 
 
 def compile_ahead(seconds: float, log: Path) -> None:
-    """``compile_part`` in as many processes as help, stopped when the time is out."""
+    """Runs ``compile_part`` in as many processes as help, and stops them when the time is out."""
     parts = max(1, min(8, (os.cpu_count() or 1) // 2))
     deadline = time.monotonic() + seconds
     with log.open("w") as file:
@@ -304,7 +304,7 @@ def compile_ahead(seconds: float, log: Path) -> None:
 
 
 def literal(key: Any, tile: Tile) -> str:
-    """A table's line, as it stands in the source."""
+    """A table's line, as written in the source."""
     values, defaults = list(tile), tile._field_defaults
     while values and defaults.get(tile._fields[len(values) - 1]) == values[-1]:
         values.pop()
@@ -334,7 +334,7 @@ def markdown(about: dict[str, Any], found: Sequence[Found], dry_run: bool) -> li
 
 
 def as_json(one: Found) -> dict[str, Any]:
-    """With tiles as lists, since JSON's keys are text."""
+    """The measurements with tiles as lists, since JSON's keys are text."""
     tiles = {**dict.fromkeys(one.out), **{tile: None for column in one.ms.values() for tile in column}}
     rows = [
         {"tile": tile, "out": one.out.get(tile, ""), "ms": {n: c[tile] for n, c in one.ms.items() if tile in c}}
