@@ -1,11 +1,11 @@
-"""Compile every kernel in every configuration that the launchers choose, for every architecture, without a GPU.
+"""Compiles every kernel in every configuration that the launchers choose, for every architecture, without a GPU.
 
     python tests/support/codegen_table.py            prints the table
     python tests/support/codegen_table.py --json     one JSON object per line, for tests/kernels/test_codegen.py
 
-Registers, stack and spills of NVIDIA code are what ``ptxas -v`` from Triton's wheel says of the kernel's PTX; those of
-AMD code are in the text of the assembly. Nothing is read from Triton's cache. It cannot run where TRITON_INTERPRET is
-set, since the kernels are then Python functions: the tests start it in a process of its own.
+For NVIDIA, ``ptxas -v`` from Triton's wheel reports registers, stack and spills of the kernel's PTX. For AMD they are
+read from the assembly. Nothing is read from Triton's cache. The script cannot run if TRITON_INTERPRET is set, since the
+kernels are then Python functions: the tests start it in a separate process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: the arguments' Triton types, which of them are multiples of 16, and the compile-time values."""
+    """One compilation: the arguments' Triton types, the arguments divisible by 16, and the compile-time values."""
 
     kernel: str  # module.function
     arch: str
@@ -74,8 +74,11 @@ def cases() -> list[Case]:
 
 
 def _matrix_cases(arch: str) -> list[Case]:
-    """The forward: plain as in Llama; with bias, scale and a tail of H; softcap too; all that in rows that no vector
-    load fits; and with columns apart. And the combination of its splits."""
+    """Cases of the forward and of the kernel that combines its splits.
+
+    The forward runs plain as in Llama; with bias, scale and a tail of H; with a softcap too; with all that in rows that
+    no vector load fits; and with columns apart.
+    """
     from d2o_fast.kernels.linear_logprob import BLOCK_COMBINE, TILES
 
     found = []
@@ -144,8 +147,7 @@ def _matrix_cases(arch: str) -> list[Case]:
 
 
 def _descriptor_cases(arch: str) -> list[Case]:
-    """The forward through tensor descriptors, where the architecture has them. H needs no tail: what lies past it reads
-    as zero."""
+    """The forward through tensor descriptors, if the architecture has them. Reads past H give zero: H needs no tail."""
     from d2o_fast.kernels.linear_logprob import DESCRIPTOR_TILES
 
     if arch not in DESCRIPTOR_TILES:
@@ -192,7 +194,7 @@ def _descriptor_cases(arch: str) -> list[Case]:
 
 
 def _product_cases(arch: str) -> list[Case]:
-    """The products over kept columns: rows as in real models; rows that no vector load fits; columns apart."""
+    """Cases of the products over kept columns: rows as in real models; rows that no vector load fits; columns apart."""
     from d2o_fast.kernels.filtered_products import (
         BLOCK_LIST,
         BLOCK_PACK,
@@ -234,7 +236,7 @@ def _product_cases(arch: str) -> list[Case]:
                     )
                 )
             every = dict.fromkeys((("fp32", True), ("fp32", False), (dtype, True)))
-            for out, fresh in (("fp32", False),) if odd else every:  # of all it needs the most registers
+            for out, fresh in (("fp32", False),) if odd else every:  # it needs the most registers of all
                 tile = DWEIGHT_TILES[arch, kind]
                 types = {"hidden_ptr": f"*{dtype}", "dweight_ptr": f"*{out}"}
                 types |= dict.fromkeys(("stride_hn", "stride_hh", "stride_dv"), "i32")
@@ -272,7 +274,7 @@ def _product_cases(arch: str) -> list[Case]:
 
 
 def _row_cases(arch: str) -> list[Case]:
-    """Kernels over rows of logits and over prompts."""
+    """Cases of the kernels over rows of logits and over prompts."""
     from d2o_fast.kernels.group_loss import BLOCK_TOKENS
     from d2o_fast.kernels.logit_grad import ROW_TILES
 
@@ -351,7 +353,7 @@ def _row_cases(arch: str) -> list[Case]:
 
 
 def compile_case(case: Case) -> Row:
-    """Compile and inspect one case; an error of the compiler becomes the row's ``error``, which the tests refuse."""
+    """Compiles and inspects one case; an error of the compiler becomes the row's ``error``, which the tests refuse."""
     import importlib
 
     import triton
@@ -432,7 +434,7 @@ def compile_all(selected: list[Case], processes: int = 2) -> list[Row]:
 
 
 def columns(row: Row) -> list[str]:
-    """A row of the printed and of the Markdown table."""
+    """The cells of a row, for the printed and the Markdown table."""
     tensor = [name for name in ("wgmma", "tcgen05") if getattr(row, name)]
     numbers = [row.registers, row.shared, row.stack, row.spills]
     name = row.kernel.split(".")[1].removesuffix("_kernel")

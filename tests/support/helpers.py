@@ -11,7 +11,7 @@ DEADLINE = 1800.0  #: seconds; no test waits for it: a child that is not done by
 def relative_errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """(max, RMS) of ``actual - reference``, relative to the largest and to the RMS of ``reference``.
 
-    Infinities must be equal and at the same places; they are left out of the errors.
+    Infinities must be equal and in the same places. The errors leave them out.
 
     Raises:
         AssertionError: another shape, a NaN, or an infinity on one side only.
@@ -32,7 +32,7 @@ def relative_errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[floa
 
 
 def assert_close(actual: torch.Tensor, reference: torch.Tensor, largest: float, rms: float | None = None) -> None:
-    """Both errors of ``relative_errors`` within their bounds; ``rms`` defaults to the bound of ``largest``."""
+    """Both errors of ``relative_errors`` must be within their bounds; ``rms`` defaults to the bound of ``largest``."""
     found = relative_errors(actual, reference)
     bounds = (largest, largest if rms is None else rms)
     assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (
@@ -41,7 +41,7 @@ def assert_close(actual: torch.Tensor, reference: torch.Tensor, largest: float, 
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on ``torch.empty`` and ``torch.empty_like`` return NaN in floating point: what is not written shows."""
+    """Makes ``torch.empty`` and ``torch.empty_like`` return NaN in floating point, so that unwritten elements show."""
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
 

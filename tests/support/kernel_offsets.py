@@ -1,7 +1,7 @@
 """Rows so far apart that row x stride passes 2^31 elements, in sparse files.
 
-Interpreted only, because on a GPU the memory would be real: tests/kernels/test_kernel_offsets.py runs this file in a
-process that sees no GPU. tests/kernels/test_kernels_gpu.py has real sizes.
+The kernels are interpreted, because on a GPU the memory would be real: tests/kernels/test_kernel_offsets.py runs this
+file in a process that sees no GPU. tests/kernels/test_kernels_gpu.py has real sizes.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def test_filtered_products(which) -> None:
         "dhidden": torch.zeros(3, 8),
         "dweight": torch.zeros(3, 8),
     }
-    tensors["grad"][:, 1] = 0.0  # one column to leave out, so that the others move
+    tensors["grad"][:, 1] = 0.0  # the filter drops one column, so that the others move
     exact = tensors["grad"].double()
     expected = exact @ tensors["weight"].double(), exact.T @ tensors["hidden"].double()
     tensors[which] = far_apart(tensors[which])
-    # Not fresh: dweight.zero_() in memory this far apart is torch's affair.
+    # Not fresh: this would test torch's dweight.zero_(), not our kernel.
     filtered_products(coef=torch.ones(3), eps=0.0, fresh=False, **tensors)
     assert_close(tensors["dhidden"], expected[0], 1e-6)
     assert_close(tensors["dweight"], expected[1], 1e-6)

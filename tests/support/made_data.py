@@ -1,10 +1,10 @@
-"""Made-up data of any size, the same on every run, and the memory that is held while they are read.
+"""Made-up data of any size, the same on every run, and the memory held while they are read.
 
     python tests/support/made_data.py dry_run 20000 200000     # some minutes, 1 GB in TMPDIR
     python tests/support/made_data.py epoch 20000 200000
 
-The first number of rows warms up; the growth of the peak from it to the second is what more rows take. The store's
-reference scores are made up too: no model is loaded.
+The first number of rows warms up. The growth of the peak from the first to the second is the cost of the extra rows.
+The store's reference scores are made up too: no model is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.forward.batch import pack_shared
 
 K = 11  #: anchors of a row
-SHARD = 64  #: rows of a shard: with the default of 16, 200 000 rows are 12 500 files and as many digests
+SHARD = 64  #: rows of a shard: at the default of 16, 200 000 rows would be 12 500 files and as many digests
 STEP = 8  #: prompts that are packed at once
 VOCABULARY = 4096  #: tokens of the tokenizer
 
@@ -52,7 +52,7 @@ class Texts:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Prompts and negatives of 50 to 100 words; one row in a thousand repeats the one before it."""
+    """Writes prompts and negatives of 50 to 100 words; one row in a thousand repeats the one before it."""
     texts, line = Texts(1), ""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
@@ -62,7 +62,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE learned from such texts."""
+    """Writes a byte-level BPE learned from such texts."""
     texts = Texts(2)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -72,7 +72,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_store(folder: Path, count: int) -> None:
-    """A store of ``count`` rows with given anchors of 8 to 20 words and scores of -1 nat a token."""
+    """Writes a store of ``count`` rows with given anchors of 8 to 20 words and scores of -1 nat a token."""
     folder.mkdir()
     settings = D2OConfig(sampling_batch_size=SHARD, num_generations=K)
     fingerprint = {"format": FORMAT, "stop_token_ids": [0], **dataclasses.asdict(settings)}
@@ -90,7 +90,7 @@ def write_store(folder: Path, count: int) -> None:
 def _records(count: int) -> Iterator[dict[str, Any]]:
     texts = Texts(3)
 
-    def ids(text: str) -> list[int]:  # about as many as the tokenizer makes of it
+    def ids(text: str) -> list[int]:  # about as many as the tokenizer's
         return [texts.chance.randrange(VOCABULARY) for _ in range(1 + len(text) // 4)]
 
     for i in range(count):
@@ -119,14 +119,14 @@ def _records(count: int) -> Iterator[dict[str, Any]]:
 
 
 def dry_run(folder: Path) -> None:
-    """``d2o sample --dry-run`` over ``rows.jsonl``."""
+    """Runs ``d2o sample --dry-run`` over ``rows.jsonl``."""
     names = {"model_name_or_path": folder.parent / "tokenizer", "dataset_name": folder / "rows.jsonl"}
     if (code := d2o(["sample", "--dry-run", *(f"--{name}={value}" for name, value in names.items())])) != 0:
         raise RuntimeError(f"d2o sample --dry-run ended with {code}")
 
 
 def epoch(folder: Path) -> None:
-    """The store opened, and all its rows packed in a shuffled order, ``STEP`` at a time."""
+    """Opens the store and packs all its rows in a shuffled order, ``STEP`` at a time."""
     examples = AnchorStore.open(folder / "store").examples()
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
     for start in range(0, len(examples), STEP):
@@ -134,7 +134,7 @@ def epoch(folder: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """The most that this process had resident. Not ru_maxrss, which begins with what its parent held."""
+    """The peak resident bytes of this process. ru_maxrss would start from its parent's peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
 
@@ -152,7 +152,7 @@ def measure(what: str, counts: list[int]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         child = multiprocessing.get_context("fork").Process(target=make, args=(Path(name), counts))
-        child.start()  # a process of its own, so that making the data leaves nothing in this one
+        child.start()  # in a separate process, so that making the data leaves nothing in this one
         child.join()
         for rows in counts:
             started = time.perf_counter()

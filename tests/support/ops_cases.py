@@ -30,7 +30,7 @@ class Problem:
 def problem(
     lengths: list[list[int]], V: int = 103, H: int = 17, *, bias: bool = False, seed: int = 0, **options: Any
 ) -> Problem:
-    """Logits of spread about 1.5, references near the policy so that the gate sigmoid(-z) is neither 0 nor 1; fp32."""
+    """An fp32 problem: logits of spread about 1.5, and references so near that sigmoid(-z) is neither 0 nor 1."""
     generator = torch.Generator().manual_seed(seed)
     layout = ResponseLayout.from_lengths(lengths)
     hidden = torch.randn(layout.num_tokens, H, generator=generator)
@@ -61,7 +61,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Results and gradients of a D2O function on ``p`` in ``dtype``.
 
-    ``through``: the inputs are rounded to it first, so that fp64 and bf16 see the same numbers.
+    ``through``: the inputs are first rounded to this dtype, so that fp64 and bf16 get the same numbers.
     """
     inputs = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
     leaves = {}
@@ -83,7 +83,7 @@ RESULTS = ("loss", "logps", "chosen_rewards", "rejected_rewards", "margins")
 
 
 def assert_all_close(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], bound: float) -> None:
-    """Every result within ``bound`` of ``exact`` in both measures, and nothing missing."""
+    """Every result must be within ``bound`` of ``exact`` in both measures, and none may be missing."""
     assert found.keys() == exact.keys()
     for name in exact:
         worst = max(relative_errors(found[name], exact[name]))

@@ -1,4 +1,4 @@
-"""A proxy before a real server: it answers as vLLM would where told to, and goes wrong where told to."""
+"""A proxy in front of a real server, which can answer like vLLM and make faults."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from benchmarks.serving import PATIENCE
 
 
 class Proxy:
-    """Passes requests on to a server, answers as vLLM would where told to, and goes wrong where told to.
+    """Passes requests on to a server. It answers like vLLM if told to, and makes the faults it is told to make.
 
     Until it is entered it has its port, and refuses connections there.
 
     Args:
-        faults: {number of the POST request, from 0: what happens to it}.
-        like_vllm: takes sampling parameters as fields, prompts as token ids, and honours ``n``.
+        faults: {number of the POST request, from 0: its fault}.
+        like_vllm: reads sampling parameters as fields and prompts as token ids, and honours ``n``.
 
     Attributes:
-        log: one entry for each POST request: its body, its fault, and the texts that were sent whole.
+        log: one entry for each POST request: its body, its fault, and the texts that were sent in full.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Proxy:
                     proxy.log.append(entry)
                 proxy.on_request(number)
                 self.close_connection = True
-                with contextlib.suppress(ConnectionError):  # a client that has gone away
+                with contextlib.suppress(ConnectionError):  # the client has closed the connection
                     proxy.answer(self, self.path, entry)
 
         self.http.RequestHandlerClass = Handler
@@ -120,7 +120,7 @@ class Proxy:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(handler.connection.detach())  # RST instead of an end
         else:
-            if status == 200 and fault in (None, "fewer"):  # before it goes out: the test may look at once
+            if status == 200 and fault in (None, "fewer"):  # before it is sent: the test may look at once
                 entry["texts"] = [c.get("text", c.get("message", {}).get("content")) for c in answer["choices"]]
             handler.wfile.write(data)
 
@@ -131,7 +131,7 @@ class Proxy:
         settings = {"do_sample": True, "eos_token_id": body.pop("stop_token_ids")}
         settings |= {name: body.pop(name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         settings["top_k"] = max(body.pop("top_k"), 0)
-        body.pop("return_token_ids", None)  # as releases do that do not know it yet
+        body.pop("return_token_ids", None)  # as releases without this field do
         body["generation_config"] = json.dumps(settings)
         ids = body.get("prompt")
         if isinstance(ids, list):

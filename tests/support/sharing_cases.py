@@ -1,6 +1,6 @@
 """Shared prompts against one row per response: log-probabilities and all parameter gradients, model by model.
 
-Small random models of real architectures, with scores of some size and windows that bind. Shapes: N response tokens.
+Small random models of real architectures, with scores well above 0 and windows that bind. Shapes: N response tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 WINDOW = 4  # positions; binds in every batch used here
 _GEMMA2 = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 _GEMMA3 = {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
-#: name -> (model type, settings beside ``SMALL``)
+#: name -> (model type, settings on top of ``SMALL``)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True}),
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(kind: str, **extra: Any) -> nn.Module:
-    """A random model in fp32, larger weights than usual: at 0.02, attention would be all but uniform."""
+    """A random model in fp32 with larger weights than usual: at 0.02, attention would be almost uniform."""
     settings = {**SMALL, **extra}
     implementation = {"attn_implementation": "eager"} if kind == "gemma2" else {}  # sdpa has no softcap
     if kind == "falcon":  # its head_dim follows from the others
@@ -68,7 +68,7 @@ def build(kind: str, **extra: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def fp64_throughout() -> Iterator[None]:
-    """Inside, norms, rotations and softmaxes of transformers stay in fp64 where they would go through fp32."""
+    """Context manager: keeps norms, rotations and softmaxes of transformers in fp64, which else go through fp32."""
     to, softmax = torch.Tensor.to, nn.functional.softmax
     wide_types = (torch.float64, torch.int64)  # positions are integers
 
@@ -97,7 +97,7 @@ def fp64_throughout() -> Iterator[None]:
 def logps_and_gradients(
     model: nn.Module, batches: Sequence[Sequence[Example]], shared: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Response tokens' log-probabilities (N,), and gradients of a weighted sum of them, one batch after the other."""
+    """Response tokens' log-probabilities (N,), and gradients of a weighted sum of them, batch by batch."""
     head, decoder = head_of(model), base_of(model).base_model
     model.zero_grad()
     found = []
@@ -113,7 +113,7 @@ def logps_and_gradients(
 
 
 def single_sequences(model: nn.Module, examples: Sequence[Example]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The same one sequence at a time. A batch needs two responses, so each stands there twice and counts half."""
+    """The same, one sequence at a time. A batch needs two responses, so each appears twice and counts half."""
     batches = [[Example(e.prompt_ids, response, [response], [])] for e in examples for response in e.responses()]
     logps, gradients = logps_and_gradients(model, batches, shared=False)
     lengths = [len(response) for e in examples for response in e.responses()]
@@ -124,7 +124,7 @@ def single_sequences(model: nn.Module, examples: Sequence[Example]) -> tuple[tor
 def errors(
     found: tuple[torch.Tensor, dict[str, torch.Tensor]], true: tuple[torch.Tensor, dict[str, torch.Tensor]]
 ) -> tuple[float, float]:
-    """Largest relative error of the log-probabilities, and of the parameter gradient that is worst off."""
+    """Largest relative error of the log-probabilities, and that of the worst parameter gradient."""
     assert found[1].keys() == true[1].keys()
     return relative_errors(found[0], true[0])[0], max(relative_errors(found[1][n], true[1][n])[0] for n in true[1])
 

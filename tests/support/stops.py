@@ -13,11 +13,11 @@ from helpers import DEADLINE
 
 
 class Stop(Exception):
-    """Raised by a callback to leave a run."""
+    """Raised by a callback to stop a run."""
 
 
 def stop_at(step: int, event: str = "log") -> Callable[..., None]:
-    """A callback that leaves at the first ``event`` at or after ``step``."""
+    """A callback that raises ``Stop`` at the first ``event`` at or after ``step``."""
 
     def callback(run: D2OTrainer, found: str, metrics: dict[str, float]) -> None:
         if found == event and run.state.global_step >= step:

@@ -36,7 +36,7 @@ def contents(folder: Any) -> dict[str, bytes]:
 
 
 def naive_logp(model: Any, prompt: list[int], response: list[int]) -> float:
-    """The sum by way of the model's own full logits, one sequence at a time."""
+    """The response's log-probability from the model's own full logits, one sequence at a time."""
     with torch.no_grad():
         logps = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
     return sum(float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(response))

@@ -1,4 +1,4 @@
-"""A real Llama and a real tokenizer, small enough for any test: built in code, no download, the same on every run."""
+"""A real Llama and a real tokenizer, small enough for any test: built in code, not downloaded, equal on every run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def tiny_rows(n: int) -> list[dict[str, Any]]:
 def tiny_tokenizer(
     chat: bool = False, *, bos: bool = False, eos: bool = False, prefix_space: bool = False
 ) -> PreTrainedTokenizerFast:
-    """BPE over printable characters, 160 tokens, which merges across a prompt's end as real tokenizers do.
+    """A BPE of 160 tokens over printable characters, which merges across a prompt's end as real tokenizers do.
 
     Args:
-        chat: a ChatML template, and ``<|im_end|>`` as the EOS token.
-        bos: adds ``<s>`` in front by itself, as Llama's does.
-        eos: adds ``</s>`` at the end by itself, as T5's does.
-        prefix_space: SentencePiece's habits: a space in front of every text, spaces written as U+2581.
+        chat: has a ChatML template, and ``<|im_end|>`` as the EOS token.
+        bos: puts ``<s>`` in front of every text, as Llama's does.
+        eos: puts ``</s>`` at the end of every text, as T5's does.
+        prefix_space: puts a space in front of every text and writes spaces as U+2581, as SentencePiece does.
     """
     tokenizer = Tokenizer(models.BPE())
     if prefix_space:
@@ -104,7 +104,7 @@ def save_tiny(folder: str | Path, chat: bool = False, seed: int = 0) -> str:
 
 
 def peaked_model(**config) -> torch.nn.Module:
-    """Next-token probabilities from 0.5 to 1e-6, so that any truncation or temperature shows."""
+    """A model with next-token probabilities from 0.5 to 1e-6, so that any truncation or temperature shows."""
     model = tiny_model(**config)
     with torch.no_grad():
         model.lm_head.weight.mul_(25)
