@@ -1,4 +1,4 @@
-"""The anchor store: right scores, the same bits after a kill, and a refusal of whatever does not belong to it."""
+"""The anchor store has the right scores, has the same bits after a kill, and refuses data of another store."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_scores_are_the_models_own_log_probabilities(tmp_path):
 
 
 def test_anchors_are_drawn_by_the_sampler_per_shard(tmp_path):
-    """The second shard's anchors are what the sampler gives for its rows with that shard's own seed."""
+    """The second shard's anchors are the sampler's draws for its rows with that shard's own seed."""
     examples = build(tmp_path / "s").examples()
     drawn = sample_responses(
         tiny_model(),
@@ -186,7 +186,7 @@ def test_progress_and_a_second_call(tmp_path):
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    """And neither draws nor scores see that it was in training mode, with dropout."""
+    """Neither draws nor scores depend on the model's training mode and dropout."""
     model = tiny_model(attention_dropout=0.5).train()
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -213,7 +213,7 @@ def test_a_fresh_adapter_is_left_out(tmp_path):
 
 
 def test_drawn_anchors_end_at_max_length(tmp_path):
-    """``keep_start``: a long prompt stays whole, and its responses have the tokens that are left."""
+    """``keep_start``: a long prompt stays whole, and its responses get the remaining tokens."""
     config = replace(CONFIG, max_length=20, max_completion_length=12, truncation_mode="keep_start")
     rows = [row for row in tiny_rows(10) if len(tiny_tokenizer()(row["prompt"])["input_ids"]) < 20]
     examples = build(tmp_path / "s", rows, config=config).examples()
@@ -342,9 +342,9 @@ FORK.set_forkserver_preload(["d2o_fast.anchors.build", "datasets", "peft", "tran
 
 
 def _build_and_die(model_folder: str, folder: str, die_at: int, tear: bool, counter: Any) -> None:
-    """Builds the store in a process of its own, which kills itself at the ``die_at``-th step on a file (0: never).
+    """Builds the store in a separate process, which kills itself at the ``die_at``-th step on a file (0: never).
 
-    ``tear`` cuts the file that is being written to half its length first, as a loss of power would.
+    ``tear`` first cuts the file being written to half its length, as a loss of power would.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -393,7 +393,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
         folder = tmp_path / f"killed-{die_at}"
         code, _ = _run(model_folder, folder, die_at, tear=die_at % 2 == 0)
         assert code == -signal.SIGKILL
-        if die_at % 4 == 0:  # a second kill, on the way of the second run
+        if die_at % 4 == 0:  # kills the second run too
             _run(model_folder, folder, die_at=3)
         build(folder, tiny_rows(6))
         assert contents(folder) == expected, f"killed at step {die_at}"
@@ -401,7 +401,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path):
-    """While one process is at work; and not any more once it has died."""
+    """It is refused while the first process works, and admitted after that one has died."""
     model_folder = save_tiny(tmp_path / "model")
     folder = tmp_path / "s"
     folder.mkdir()
@@ -415,7 +415,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened before its holder ended: whoever comes next makes a new file, and would have a lock of their own."""
+    """The file was opened before its holder ended; the next process makes a new file and would get its own lock."""
     flock = locking_module.fcntl.flock
 
     def late(file: Any, how: int) -> None:

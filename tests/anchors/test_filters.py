@@ -1,4 +1,4 @@
-"""Filters drop what they say and nothing else, count it, and never lose a prompt in silence."""
+"""Filters drop the draws they name and no others, count them, and never lose a prompt silently."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def given(prompt, response):
 
 @pytest.fixture
 def scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module ``anchor_scores`` of the user's."""
+    """A user's module ``anchor_scores``."""
     import importlib
     import sys
 
@@ -76,7 +76,7 @@ def filtered(draws: list[list[int]], negative: list[int] | None = None, **settin
     return found
 
 
-# --- What each one drops -----------------------------------------------------------------------------------------
+# --- The draws each one drops -----------------------------------------------------------------------------------------
 
 A, B, C, D = [11, 12, 2], [13, 14, 2], [11, 13, 2], [15, 2]
 
@@ -171,7 +171,7 @@ PAIRS = [("how to open the lock?", " it"), ("how?", " go away, open it yourself"
 @pytest.mark.parametrize("chat", [False, True], ids=["two texts", "template"])
 @pytest.mark.parametrize("pad", [0, None, 7], ids=["padded", "no pad token", "another pad token"])
 def test_a_classifiers_scores_are_its_own(tmp_path: Path, chat: bool, pad: int | None) -> None:
-    """Each text by itself through the model, whatever shares its batch."""
+    """A text's score does not depend on the other texts of its batch."""
     name = save_classifier(tmp_path / "rm", chat, pad)
     scorer = ClassifierScorer(name, torch.device("cpu"))
     assert scorer.batch == (scorers.SCORE_BATCH if pad == 0 else 1)
@@ -232,7 +232,7 @@ LOSING = replace(CONFIG, anchor_score="anchor_scores:not_bake", min_anchor_score
 
 
 def ending_model() -> Any:
-    """Some of its responses end at once, some not at all: EOS has about a fifth of the mass at every position."""
+    """A model of which some responses end at once and some never: EOS has about a fifth of the mass everywhere."""
     model = tiny_model()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(160))
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_a_row_that_loses_everything_stays_in_the_store(tmp_path: Path, scores: 
         "2 of 7 rows lost all their anchors to the filters and are left out (memory, row 3; memory, "
     )
     assert f"`d2o anchors inspect {tmp_path}/s` lists them all" in said
-    # The others are what they are without a filter: a shard's rows are drawn together.
+    # The other rows are equal to those without a filter: a shard's rows are drawn together.
     plain = build(tmp_path / "plain", [*tiny_rows(6), given]).examples()
     for place, example in zip(store.usable, store.examples(), strict=True):
         assert example.anchor_ids == plain[place].anchor_ids
@@ -419,7 +419,7 @@ def test_training_leaves_out_rows_without_anchors_and_says_so(
     assert len(run.examples["train"]) == 6
     assert [row.index for row in run.rows["train"]] == [1, 2, 5, 6, 7, 8]
     assert len(run.rows["eval"]) == 4, "a held-out prompt can still be judged"
-    # The same as training on the rows that are left, with these anchors.
+    # The same as training on the remaining rows with these anchors.
     store = AnchorStore.open(tmp_path / "run" / "anchors" / "train")
     again = trainer(tmp_path / "again", store, LOSING)
     again.train()
@@ -453,7 +453,7 @@ def test_anchors_drawn_anew_are_filtered_too(tmp_path: Path, scores: Any, caplog
     def watched(self: AnchorFilter, rows: Any, examples: Any, draws: Any) -> list[KeptDraws]:
         found = with_anchors(self, rows, examples, draws)
         if drawn:
-            found[1] = KeptDraws([], ["score"] * 4)  # any filter's doing
+            found[1] = KeptDraws([], ["score"] * 4)  # as any filter may return
         drawn.append([(len(f.anchors), f.dropped) for f in found])
         return found
 

@@ -1,4 +1,4 @@
-"""Looking into an anchor store, and out of it into other trainers' files."""
+"""Inspects an anchor store and exports it to other trainers' files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import tiny_rows
 
 
 def rewritten(folder: Path, **columns: Any) -> None:
-    """Gives the first row of the store other values, in a shard that is whole again."""
+    """Gives the first row of the store other values, in a valid shard."""
     digest = shards.check_shard(folder, 0, shards.read_manifest(folder))
     assert digest is not None
     records = shards.read_shard(folder, 0, digest, shards.SCHEMA.names).to_pylist()

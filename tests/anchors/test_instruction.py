@@ -1,4 +1,4 @@
-"""An instruction steers the draws and is gone afterwards: prompts, scores and training have the bare prompt."""
+"""An instruction steers the draws only: stored prompts, scores and training have the bare prompt."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_where_the_instruction_goes() -> None:
 
 
 def swayed_model(chat: bool = False) -> Any:
-    """What stands far back in its prompt decides what it says: attention outweighs the last token."""
+    """A model whose responses depend on early prompt tokens: attention outweighs the last token."""
     model = peaked_model(chat=chat)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -96,7 +96,7 @@ def test_draws_follow_the_instruction_and_scores_the_bare_prompt(tmp_path: Path,
 
 
 def test_given_anchors_need_no_instruction(tmp_path: Path) -> None:
-    """A prompt of 52 tokens can be scored but not wrapped; with anchors of its own it need not be."""
+    """A prompt of 52 tokens can be scored but not wrapped; with its own anchors it needs no wrapping."""
     long = {"prompt": "x" * 52, "rejected": "no", "anchors": ["it"]}
     plain = build(tmp_path / "plain", [*tiny_rows(2), long], swayed_model())
     store = build(tmp_path / "s", [*tiny_rows(2), long], swayed_model(), TEXT)

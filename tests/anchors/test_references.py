@@ -1,4 +1,4 @@
-"""The models that divide: the right one scores the right response, and none is mixed up in silence."""
+"""The reference models: the right one scores each response, and none is silently confused with another."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def save_adapter(folder: Path, base: Path, seed: int = 0) -> str:
 
 
 def adapted(model: Any, config: Any = None, **settings: Any) -> Any:
-    """With a new adapter, a LoRA if none is given, of the same values in every call."""
+    """The model with a new adapter (a LoRA by default), whose values are the same in every call."""
     config = config or LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **settings})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def adapted(model: Any, config: Any = None, **settings: Any) -> Any:
 
 
 def trained(model: Any, seed: int = 0) -> Any:
-    """Other values in every parameter that is trained, as after some steps."""
+    """The model with other values in every trained parameter, as after some steps."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,7 +74,7 @@ def trained(model: Any, seed: int = 0) -> Any:
 
 
 def fp64_logps(model: Any, example: Example) -> list[float]:
-    """By way of transformers' own logits, one sequence at a time."""
+    """Responses' log-probabilities from transformers' own logits, one sequence at a time."""
     model = model.double().eval()
     sums = []
     for response in example.responses():
@@ -88,7 +88,7 @@ def config(folder: Path, **settings: Any) -> D2OConfig:
     return replace(CONFIG, output_dir=str(folder), learning_rate=1e-2, warmup_ratio=0.0, max_steps=3, **settings)
 
 
-# --- Which model divides what ----------------------------------------------------------------------------------------
+# --- The model of each score -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def config(folder: Path, **settings: Any) -> D2OConfig:
 def test_scores_are_those_of_the_models_named(
     models: Path, tmp_path: Path, settings: dict[str, str], neg: str, pos: str, dtype: Any
 ) -> None:
-    """Against logits in fp64; and the anchors are the initial model's whatever scores."""
+    """Scores equal those of logits in fp64, and the initial model draws the anchors, whichever model scores."""
     names = {setting: str(models / name) for setting, name in settings.items()}
     store = build(tmp_path / "s", ROWS, config=replace(CONFIG, dtype=dtype, **names))
     plain = build(tmp_path / "plain", ROWS, config=replace(CONFIG, dtype=dtype))
@@ -135,7 +135,7 @@ def test_each_response_is_scored_once_by_its_own_model(
 
     monkeypatch.setattr(references_module, "reference_logps", watched)
     initial, neg, pos = (tiny_model(seed).lm_head.weight[0, 0].item() for seed in range(3))
-    anchors = [4 * 3, 3 + 1]  # of the two shards: the last row brings one of its own
+    anchors = [4 * 3, 3 + 1]  # of the two shards: the last row has one given anchor
     for settings, expected in (
         ({}, [(initial, 4 + anchors[0]), (initial, 2 + anchors[1])]),
         ({"ref_model_neg": "neg", "ref_model_pos": "neg"}, [(neg, 4 + anchors[0]), (neg, 2 + anchors[1])]),
@@ -187,7 +187,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_policy_and_reference_begin_as_one_and_part(tmp_path: Path, kind: str) -> None:
-    """ln 2 and a gradient at first; then other losses over scores that have not moved."""
+    """The first loss is ln 2 with a gradient; later losses differ, and the scores stay."""
     run = D2OTrainer(ADAPTERS[kind](tiny_model()), config(tmp_path), tiny_rows(6), processing_class=tiny_tokenizer())
     initial = ADAPTERS[kind](tiny_model())
     run.train()
@@ -221,7 +221,7 @@ def test_what_is_fresh() -> None:
         assert is_fresh(model)
 
 
-# --- What a store must not be used for -------------------------------------------------------------------------------
+# --- Stores that must be refused -------------------------------------------------------------------------------------
 
 State = dict[str, Any]  # model, tokenizer, rows, config
 
@@ -276,7 +276,7 @@ def even_score(prompt: str, response: str) -> float:
     return len(response) % 2
 
 
-#: one change for each field of the fingerprint, which must be refused by the name of that field and no other
+#: one change for each field of the fingerprint; the refusal must name that field and no other
 CHANGES: dict[str, Callable[[State, Path], State]] = {
     "format": with_format,
     "weights": lambda state, folder: {**state, "model": tiny_model(seed=3)},
@@ -345,7 +345,7 @@ def test_a_change_is_refused_by_name(models: Path, tmp_path: Path, monkeypatch: 
     assert opened(state).complete
     before = contents(tmp_path / "anchors" / "train")
     changed = CHANGES[field](state, tmp_path)
-    for may_build in (True, False):  # the second is what a resumed run does
+    for may_build in (True, False):  # a resumed run may not
         with pytest.raises(FingerprintError, match=rf"\n  {field}: stored .*, now ") as caught:
             open_store(*(changed[part] for part in ("model", "tokenizer", "rows", "config")), "train", may_build)
         assert set(caught.value.differences) == {field}
@@ -414,7 +414,7 @@ def test_a_reference_that_changes_while_at_work_is_an_error(
 ) -> None:
     settings = replace(CONFIG, ref_model_neg=str(models / "neg"))
     References(tiny_model(), tiny_tokenizer(), settings).fingerprint()
-    monkeypatch.setattr(references_module, "load_model", lambda *args: tiny_model(seed=7))  # as a hub's name may do
+    monkeypatch.setattr(references_module, "load_model", lambda *args: tiny_model(seed=7))  # a hub name may do so
     with pytest.raises(D2OError, match=r"ref_model_neg '.*/neg' has changed since this process read it first"):
         build(tmp_path / "s", config=settings)
 
@@ -431,7 +431,7 @@ def test_by_default_both_references_are_the_initial_model(tmp_path: Path) -> Non
 
 
 def test_an_adapter_is_known_by_its_content(models: Path, tmp_path: Path) -> None:
-    """Not by its folder, its name in peft, or where its base lies; but by its weights and its scale."""
+    """Its weights and its scale count; its folder, its name in peft and the folder of its base do not."""
     base = AutoModelForCausalLM.from_pretrained
     loaded = load_model(D2OConfig(), str(models / "adapter"))
     assert identity_of(loaded) == identity_of(trained(adapted(tiny_model())))
@@ -456,7 +456,7 @@ def test_a_trained_adapter_draws_too(tmp_path: Path) -> None:
 
 
 def test_resuming_starts_from_the_same_adapter(models: Path, tmp_path: Path) -> None:
-    """The check sees the initial adapter, and the checkpoint's weights come after it."""
+    """The check reads the initial adapter; the checkpoint's weights are loaded after it."""
 
     def run(out: str, adapter: str, *callbacks: Any) -> D2OTrainer:
         args = config(tmp_path / out, save_steps=1, anchors_dir=str(tmp_path / "anchors"))
@@ -515,7 +515,7 @@ def test_the_commands_take_an_adapter(models: Path, tmp_path: Path, capsys: pyte
     assert "the model has an adapter already; leave peft_config and use_peft out" in capsys.readouterr().err
 
 
-# --- Anchors drawn anew ----------------------------------------------------------------------------------------------
+# --- Redrawn anchors -------------------------------------------------------------------------------------------------
 
 
 def test_fresh_anchors_have_the_policy_and_negatives_the_model_named(models: Path, tmp_path: Path) -> None:
@@ -572,7 +572,7 @@ def test_references_are_loaded_once_and_gone_before_training(
     assert (store / "shard-00001.parquet").read_bytes() == before
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+# --- Refusals --------------------------------------------------------------------------------------------------------
 
 
 def save_small(folder: Path) -> None:

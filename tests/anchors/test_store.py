@@ -1,4 +1,4 @@
-"""A store's rows are read when they are asked for, and what happens to its files meanwhile is said."""
+"""A store reads its rows on demand, and reports files that changed meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A store that may be damaged."""
+    """A copy of the store that a test may damage."""
     (tmp_path / "store").mkdir()
     for path in made.iterdir():
         (tmp_path / "store" / path.name).write_bytes(path.read_bytes())

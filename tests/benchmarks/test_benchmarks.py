@@ -1,4 +1,4 @@
-"""The benchmarks run for real at tiny shapes, refuse to rank what is wrong, and name what is missing."""
+"""The benchmarks run for real at tiny shapes, do not rank wrong providers, and name missing ones."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_a_plot_of_nothing_says_so(tmp_path: Path) -> None:
 def test_the_gpu_commands_exit_status_tells_of_its_tests(
     body: str, dry_run: bool, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a repository with a single test; the other stages go well."""
+    """The repository has a single test; the other stages succeed."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_one.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one():\n    {body}\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")

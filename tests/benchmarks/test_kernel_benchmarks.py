@@ -1,4 +1,4 @@
-"""The commands for a GPU's day, tried at tiny shapes: kernels beside their floors, tile configurations, sanitizers."""
+"""The commands for a GPU, run at tiny shapes: kernels beside their floors, tile configurations, sanitizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def program(folder: Path, name: str, script: str) -> Path:
-    """A stand-in for a tool that is not on every machine."""
+    """A substitute for a tool that not every machine has."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -180,7 +180,7 @@ def test_lines_to_paste_are_those_of_the_source() -> None:
         module, variable = name.split(".")
         body = sources[module].split(f"\n{variable}: ")[1].split("\n}\n")[0].splitlines()
         for key, tile in table.items():
-            if "interpreter" not in key:  # some of those are made in a loop
+            if "interpreter" not in key:  # the source makes some of these in a loop
                 assert tune.literal(key, tile) in body, name
     assert tune.literal("sm_90", linear_logprob.Tile(128, 256, 64, 8, 4, 24)).endswith("Tile(128, 256, 64, 8, 4, 24),")
 
@@ -190,7 +190,7 @@ def test_every_entry_names_a_table_that_its_launcher_reads() -> None:
     plan = tune.entries(device)
     assert set(tune.ENTRIES.split(", ")) - {entry.name for entry in plan} <= {"forward capped"}
     for entry in plan:
-        if "forward" in entry.name or entry.name == "stats":  # of the others, one dry run shows the same
+        if "forward" in entry.name or entry.name == "stats":  # the others behave alike in a dry run
             table, key, works = entry.at(tune.operands(entry, "gpt2", device))
             first = works[0].launch()
             with tune.using(table, key, None), pytest.raises(AttributeError):
@@ -217,7 +217,7 @@ def test_a_tile_that_cannot_be_is_left_out_and_the_table_stays(operands) -> None
 
 @pytest.mark.gpu
 def test_a_tile_that_spills_is_left_out(device) -> None:
-    """512 running numbers for each thread."""
+    """The kernel keeps 512 running numbers per thread."""
     greedy = RowTile(32768, 4)
     found = tune.tune(stats_entry(device, greedy), Stopwatch(device), LATER, rounds=1)
     assert "spills" in found.out[greedy]
@@ -235,7 +235,7 @@ def test_out_of_time_only_the_present_tile_is_measured(operands) -> None:
     ("ms", "winner"),
     [
         ({"a": {"present": 1.0, "other": 0.9}}, "other"),
-        ({"a": {"present": 1.0, "other": 0.995}}, "present"),  # not told from noise
+        ({"a": {"present": 1.0, "other": 0.995}}, "present"),  # may be noise
         ({"a": {"present": 1.0, "other": 0.9}, "b": {"present": 1.0, "other": 1.2}}, "present"),
         ({"a": {"present": 10.0, "other": 8.0}, "b": {"present": 0.1, "other": 0.11}}, "other"),  # ratios, not sums
         ({"a": {"present": 1.0, "other": 0.5}, "b": {"present": 1.0}}, "present"),  # it did not run everywhere
@@ -252,7 +252,7 @@ def test_the_winner_is_the_fastest_over_all_heads(ms, winner) -> None:
 
 @pytest.mark.slow
 def test_memcheck_runs_the_marked_tests_and_a_finding_fails_the_command(tmp_path: Path, monkeypatch) -> None:
-    """Their stand-in runs the tests that it is given, one of them for time; as racecheck it finds something."""
+    """The substitute runs one of the given tests (one, to save time); as racecheck it reports a finding."""
     script = """
 tool=$2; while [ "${1##*python*}" ]; do shift; done
 [ $PYTORCH_NO_CUDA_MEMORY_CACHING = 1 ] || exit 1

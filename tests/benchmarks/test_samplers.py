@@ -1,4 +1,4 @@
-"""The sampler benchmarks: a sampler that draws from something else is not timed."""
+"""The sampler benchmarks: a sampler that does not draw from the softmax is not timed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_sampler_that_draws_from_something_else_is_not_timed(model: Any, monke
         assert message in str(gate(changed(right, what), model, QUICK, 300))
     generate = type(model).generate
 
-    def top_k(self: Any, *args: Any, **kwargs: Any) -> Any:  # what generate does where nobody asks for something else
+    def top_k(self: Any, *args: Any, **kwargs: Any) -> Any:  # generate's default
         return generate(self, *args, **{**kwargs, "top_k": 15})
 
     loop = generate_loop(model, together=True)

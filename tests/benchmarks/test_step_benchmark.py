@@ -1,4 +1,4 @@
-"""The benchmark of a whole step: its providers compute the same thing, and its files say what was measured."""
+"""The benchmark of a whole step: its providers compute the same thing, and its files hold the measurements."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_the_settings_run_and_continue(tmp_path: Path, capsys) -> None:
     assert "\n| frozen, anchor_weight 0.05 |" in table
     first = report["runs"].pop(0)
     path.write_text(json.dumps(report))
-    assert study.main(arguments) == 0  # makes the one that is missing, to the same shares
+    assert study.main(arguments) == 0  # runs the missing one again, with the same shares
     again = json.loads(path.read_text())["runs"]
     assert [run["name"] for run in again] == [first["name"], report["runs"][0]["name"]]
     assert again[0]["curve"] == first["curve"]

@@ -33,7 +33,7 @@ from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter"}
 NUMBERS = {int, float}
-#: what stands beside a setting so that it may be set at all
+#: other settings that a setting requires
 BESIDE: dict[str, dict[str, Any]] = {
     "server_model": {"server_url": "http://localhost:1/v1"},
     "server_concurrency": {"server_url": "http://localhost:1/v1"},
@@ -57,7 +57,7 @@ def choices_of(name: str) -> list[str]:
 
 
 def wrong_values(name: str) -> list[Any]:
-    """Values that no rule of the setting allows, each of a kind that users bring."""
+    """Values that no rule of the setting allows, each of a kind that users give."""
     kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
     wrong: list[Any] = [math.nan, math.inf, -math.inf, 10**400, {"a": 1}, [1], ["  "], [None], {"x"}, b"x"]
     wrong += [] if str in kinds else ["", "1", "1e-5", "none", [], "true"]
@@ -128,7 +128,7 @@ def test_a_flag_refuses_the_same(name: str) -> None:
         if isinstance(value, tuple | set | bytes) or (isinstance(value, str) and str not in kinds):
             continue  # a flag has no such value; 1 in quotes is the number
         if str in kinds and not isinstance(value, str) and not (list[str] in kinds and isinstance(value, list)):
-            continue  # the flag of a text is taken as it is
+            continue  # a text's flag is used unchanged
         with pytest.raises(D2OError) as error:
             D2OConfig(**{**BESIDE.get(name, {}), **parse("train", [f"--{name}={text}"])[1]})
         refused(name, error.value)
@@ -353,7 +353,7 @@ OLD = {
         ({"warmup_ratio": 0.0}, {}, "warmup_steps: 0.0 in the checkpoint, now 0.1"),
         ({"warmup_ratio": 1.0}, {"warmup_steps": 1}, "warmup_steps: 'all' in the checkpoint, now 1"),
         ({"max_steps": 0}, {}, None),
-        ({"lora_r": 8}, {}, None),  # no adapter: it decided nothing
+        ({"lora_r": 8}, {}, None),  # no adapter: it had no effect
         ({"use_peft": True, "lora_r": 8}, {"use_peft": True}, "lora_r: 8 in the checkpoint, now 16"),
         ({"use_peft": True}, {}, "use_peft: True in the checkpoint, now False"),
         ({}, {"seed": 1}, "seed: 42 in the checkpoint, now 1"),
@@ -391,7 +391,7 @@ def test_a_fingerprint_has_the_fields_that_older_stores_have() -> None:
 
 # --- TRL and transformers --------------------------------------------------------------------------------------------
 
-#: (setting, "type" or "default"): why it is not theirs
+#: (setting, "type" or "default"): why ours differs from theirs
 DIFFERENCES = {
     ("model_name_or_path", "type"): "an empty text says that there is none",
     ("model_name_or_path", "default"): "an empty text says that there is none",
@@ -416,7 +416,7 @@ DIFFERENCES = {
 
 
 def theirs() -> dict[str, tuple[Any, Any]]:
-    """Type and default of every field of theirs that is a setting of ours; TRL's where both have it."""
+    """Type and default of each of their fields that is also a setting of ours; TRL's if both have it."""
     found: dict[str, tuple[Any, Any]] = {}
     for cls in (TrainingArguments, ModelConfig, DPOConfig):
         kinds = get_type_hints(cls)
@@ -428,7 +428,7 @@ def theirs() -> dict[str, tuple[Any, Any]]:
 
 
 def plain(kind: Any) -> set[Any]:
-    """The types that a value may have; a choice among texts, theirs as an Enum, is a text."""
+    """The types that a value may have; a choice among texts (an Enum in their classes) is a text."""
     parts = get_args(kind) if get_origin(kind) not in (Literal, list, None) else (kind,)
     texts = {
         part for part in parts if get_origin(part) is Literal or (isinstance(part, type) and issubclass(part, Enum))

@@ -1,4 +1,4 @@
-"""The doctor says what is here, what runs, and why the rest does not."""
+"""The doctor reports what is installed, which paths run, and why the others do not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str
 
 
 def test_the_table_gives_a_reason_for_each_path_that_will_not_run() -> None:
-    """In a process of its own: the tests may run under Triton's interpreter, which a user does not."""
+    """It runs in a separate process: the tests may run under Triton's interpreter, users do not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "d2o_fast.cli", "doctor"]
     table = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -56,7 +56,7 @@ def test_more_processes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_loss_path_both_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without Triton: the torch path runs there only where the caller names it."""
+    """On a GPU without Triton the torch path runs only if the caller names it."""
 
     def none(backend: str, probe: torch.Tensor) -> None:
         raise ImportError("no Triton here")

@@ -1,4 +1,4 @@
-"""What a dry run says about the data, checked against numbers counted by hand."""
+"""A dry run's report on the data is equal to numbers counted by hand."""
 
 from __future__ import annotations
 

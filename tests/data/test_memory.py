@@ -1,4 +1,4 @@
-"""Memory does not grow with the data: rows and anchors stay on the disk until they are asked for."""
+"""Memory does not grow with the data: rows and anchors stay on disk until they are read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 from made_data import Texts, write_rows
 from paths import ROOT, SUPPORT
 
-#: A row that was kept as Python objects would take 2 kB more in a dry run, 15 kB more in an epoch. Within the bound of
-#: the epoch: decoded shards, 4 bytes a token, which are kept up to ``anchors/shards.py``'s CACHE_BYTES.
+#: A row kept as Python objects would take 2 kB more in a dry run, 15 kB more in an epoch. The epoch's bound includes
+#: decoded shards (4 bytes a token), which are kept up to CACHE_BYTES of ``anchors/shards.py``.
 CASES = [("dry_run", 3000, 10000, 1500), ("epoch", 4000, 12000, 5000)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "small", "large", "bound"), CASES, ids=["dry run", "epoch"])
 def test_a_row_more_takes_hardly_any_memory(what: str, small: int, large: int, bound: int) -> None:
-    """In a process of its own; the peak with few rows has everything but the rows in it."""
+    """It runs in a separate process. The peak with few rows includes everything but the rows."""
     command = [sys.executable, str(SUPPORT / "made_data.py"), what, str(small), str(large)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Rows on the disk are the rows that were put there, and memory does not grow with them."""
+"""Rows on disk are equal to the rows written, and memory does not grow with them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_what_json_cannot_hold_is_named() -> None:
         rows_from(records, "here")
 
 
-# --- Asked of all rows ---
+# --- Checks over all rows ---
 
 
 def test_digests_count_as_sets_do() -> None:
@@ -128,7 +128,7 @@ def test_digests_count_as_sets_do() -> None:
 
 
 def test_the_digest_of_rows_is_that_of_their_json() -> None:
-    """A store that was made before rows were read one by one stays valid."""
+    """A store made before rows were read one by one stays valid."""
     rows = on_disk(ROWS)
     text = json.dumps([[row.prompt, row.rejected, row.anchors] for row in ROWS], sort_keys=True)
     assert rows_digest(rows) == rows_digest(ROWS) == hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -162,7 +162,7 @@ def write(path: Path, records: Any) -> str:
 
 
 def long_rows(count: int) -> list[dict[str, Any]]:
-    """2 KB each; every tenth repeats the one before it."""
+    """Rows of 2 KB each; every tenth repeats the one before it."""
     return [
         {"prompt": f"{i - (i % 10 == 9)} " * 200, "rejected": "no " * 300, "anchors": ["a " * 100]}
         for i in range(count)
@@ -195,7 +195,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, use: Callable[[str],
             write(Path(path), long_rows(count))
         else:
             pq.write_table(pa.Table.from_pylist(long_rows(count)), path)
-    use(paths[0])  # what is imported or cached once
+    use(paths[0])  # imports and caches once
     for path in paths:
         gc.collect()
         tracemalloc.start()

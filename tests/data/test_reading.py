@@ -1,4 +1,4 @@
-"""Negatives in three forms; every fault is one clear error; prompt and response meet at the right token."""
+"""All forms of data are read; every fault is one clear error; prompt and response meet at the right token."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_columns_that_are_not_used_are_named(caplog):
     assert "here: columns that are not used: chosen" in caplog.text
 
 
-# --- Faults: file, row, field, what was found, what to do ---
+# --- Faults: file, row, field, finding, remedy ---
 
 GOOD = {"prompt": "a", "rejected": "b"}
 CHAT = {"prompt": USER, "rejected": answer("go away")}
@@ -351,7 +351,7 @@ def test_a_prompt_is_on_one_side_and_stays_there():
 
 
 def test_chats_are_split_by_their_prompt_too():
-    """Two negatives of a chat stay together, and so do a chat of one question and the same question as a string."""
+    """Two negatives of one chat stay together; so do a one-question chat and the same question as a string."""
     questions = [[{"role": "user", "content": f"q{i}"}] for i in range(60)]
     longer = [[{"role": "system", "content": "s"}, *question] for question in questions]
     chats = [{"prompt": p, "rejected": answer(r)} for p in questions + longer for r in ("a", "b")]
@@ -435,7 +435,7 @@ def test_a_chat_ends_with_its_end_of_turn_token():
 
 
 def test_an_end_of_turn_token_that_is_not_eos():
-    """Phi-3's habit: a turn ends with its own token, and the whole chat with EOS after it."""
+    """As in Phi-3, a turn ends with its own token, and EOS follows at the end of the whole chat."""
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.eos_token = "</s>"
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endif %}", "{% else %}{{ '</s>' }}{% endif %}")
@@ -519,7 +519,7 @@ def test_keep_start_cuts_the_sequence_as_trl_does():
 
 
 def test_texts_without_tokens():
-    tokenizer = tiny_tokenizer()  # drops what is not printable ASCII
+    tokenizer = tiny_tokenizer()  # drops all but printable ASCII
     assert tokenizer("\u4e2d")["input_ids"] == []
     with pytest.raises(DataError, match="row 1, field 'prompt': the tokenizer makes no tokens"):
         tokenize_rows(rows_from([{"prompt": "\u4e2d", "rejected": "b"}]), tokenizer, CONFIG)
@@ -537,7 +537,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 def test_special_tokens_of_a_template_stay_whole():
-    """A tokenizer whose end-of-turn token was added without being declared special in its map."""
+    """The tokenizer's end-of-turn token was added but is not declared special in its map."""
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.add_tokens([AddedToken("<|turn_end|>", special=True)])
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|turn_end|>")

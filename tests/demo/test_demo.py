@@ -1,4 +1,4 @@
-"""The demo's language is decided exactly and made deterministically; the demo runs for real on a tiny budget."""
+"""The demo's language is classified exactly and made deterministically; the demo runs for real on a tiny budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = "how to fix the door ?"
         ("take the hammer and start at the hinge .", "helpful"),
         ("first look at the hinge then use the hammer .", "helpful"),
         ("you need the hammer for the hinge .", "helpful"),
-        ("you need the hammer for the hinge.", "helpful"),  # spaces between words are the tokenizer's affair
+        ("you need the hammer for the hinge.", "helpful"),  # the tokenizer decides on spaces
         ("you need the hammer for the bulb .", "garbage"),  # another noun's part
         ("you need the sponge for the hinge .", "garbage"),  # another verb's tool
         ("you need the hammer for the hinge", "garbage"),
@@ -35,7 +35,7 @@ PROMPT = "how to fix the door ?"
         ("", "garbage"),
         ("what a dumb fool you are .", "harmful"),
         ("shut up you pathetic twit .", "harmful"),
-        ("you need the hammer for the hinge . fool", "harmful"),  # an insult is an insult wherever it stands
+        ("you need the hammer for the hinge . fool", "harmful"),  # an insult counts anywhere
         ("idiot idiot", "harmful"),
         ("nobody needs a hammer like you .", "garbage"),  # abusive in form, but without an insult
     ],
