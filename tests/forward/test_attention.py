@@ -23,7 +23,7 @@ HEADS = {"4 of 4": (4, 4), "4 of 2": (4, 2), "6 of 1": (6, 1)}
 
 
 def operands(row: SharedSequence, heads: tuple[int, int], channels: int = 16, size: float = 1.0) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, in fp64; queries as transformers passes them, not contiguous."""
+    """q, k, v and the gradient of the output, in fp64; queries are not contiguous, as transformers passes them."""
     generator = torch.Generator().manual_seed(3)
     tokens = sum(row.prompts) + sum(map(sum, row.responses))
     q, k, v, grad = (
@@ -36,7 +36,7 @@ def operands(row: SharedSequence, heads: tuple[int, int], channels: int = 16, si
 def one_at_a_time(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: SharedSequence, scale: float, window: Any, softcap: Any
 ) -> torch.Tensor:
-    """The definition: each prompt + response a sequence with a causal mask of its own."""
+    """The definition: each prompt + response is a sequence with its own causal mask."""
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     out = torch.full_like(q, math.nan)
@@ -159,7 +159,7 @@ def test_the_same_bits_every_time() -> None:
 
 @pytest.fixture
 def flash_on_cpu() -> Iterator[list[dict[str, Any]]]:
-    """``aten::_flash_attention_forward`` and ``_backward`` by their documentation, in fp64; yields the calls."""
+    """Implements ``aten::_flash_attention_forward`` and ``_backward`` as documented, in fp64; yields the calls."""
     calls: list[dict[str, Any]] = []
 
     def probabilities(q, k, cu_q, cu_k, causal, scale, left, right):  # type: ignore[no-untyped-def]
@@ -249,7 +249,7 @@ def test_the_cuda_path_with_a_window(flash_on_cpu: list[dict[str, Any]], window:
 
 
 def test_a_merge_left_to_autograd_would_be_wrong(flash_on_cpu: list[dict[str, Any]]) -> None:
-    """Why the backward is ours: a log-sum-exp that passes no gradient on gives wrong dQ and dK, silently."""
+    """The reason for our own backward: a log-sum-exp without a gradient silently gives wrong dQ and dK."""
     row, n, scale = ROWS["ragged"], ROWS["ragged"].num_prompt_tokens, 0.3
     kernel, given = CudaFlash(), operands(ROWS["ragged"], (4, 2))
 

@@ -68,7 +68,7 @@ def test_empty_segments_are_refused() -> None:
 
 
 def test_a_shared_batch_holds_what_the_padded_one_holds() -> None:
-    """By the tokens: each response token, the one that predicts it, and the position of that one."""
+    """Checks by tokens: each response token, the token that predicts it, and the position of the latter."""
     examples = [Example([3, 4, 5], [6, 7], [[8, 9, 10, 11]], []), Example([12], [13], [[14, 15], [16, 17, 18]], [])]
     padded, shared = pack(examples, 0), pack_shared(examples)
     assert shared.shared == ROW
@@ -117,14 +117,14 @@ def test_micro_batches_hold_everything_within_the_budget_and_evenly() -> None:
         batches = micro_batches(lengths, lambda n: n, cost, budget)
         assert sorted(n for batch in batches for n in batch) == sorted(lengths)
         assert all(sum(batch) <= budget or len(batch) == 1 for batch in batches)
-        # One fewer is not possible if the bound by the sum says so; and none is a small rest if none need be.
+        # The sum's bound shows that one fewer is impossible; no batch is a small rest if that can be avoided.
         assert len(batches) >= sum(lengths) / max(budget, *lengths)
         assert micro_batches(lengths, lambda n: n, cost, budget) == batches
 
 
 def test_micro_batches_are_even() -> None:
     batches = micro_batches([10] * 12, lambda n: n, cost, 50)
-    assert [sum(batch) for batch in batches] == [40, 40, 40]  # and not 50, 50, 20
+    assert [sum(batch) for batch in batches] == [40, 40, 40]  # not 50, 50, 20
     assert micro_batches([70, 10, 10], lambda n: n, cost, 50) == [[70], [10, 10]]
 
 

@@ -38,7 +38,7 @@ def fp64() -> Iterator[None]:
 
 
 def largest_errors(model: nn.Module, batches: list[list[Example]]) -> tuple[float, float]:
-    """Of log-probabilities and of all gradients, shared against one sequence at a time."""
+    """Errors of log-probabilities and of all gradients, shared against one sequence at a time."""
     exact = single_sequences(model, EXAMPLES)
     assert exact[1].keys() == {name for name, _ in model.named_parameters()}
     install(model)
@@ -117,7 +117,7 @@ def test_lora_with_and_without_its_adapter(fp64: None) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3, window"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_no_worse_than_without_sharing(name: str, dtype: torch.dtype) -> None:
-    """Both against fp32: what sharing adds to the rounding of half precision must be less than what that costs."""
+    """Compares both with fp32: sharing must add less error than half precision's rounding already has."""
     kind, extra = MODELS[name]
     model = build(kind, **extra)
     install(model)
@@ -152,7 +152,7 @@ def test_plain_forwards_keep_their_bits_and_generate_works(name: str) -> None:
     before = outputs(build(kind, **extra))
     model = build(kind, **extra)
     install(model)
-    install(model)  # a second time is no change
+    install(model)  # a second time changes nothing
     with torch.no_grad():
         response_hidden(decoder_of(model), pack_shared(EXAMPLES))
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(model), strict=True))
@@ -171,7 +171,7 @@ def test_an_eager_model_is_saved_without_our_name(tmp_path: Any) -> None:
 
 
 def test_a_softcap_that_sdpa_leaves_out_is_no_reference() -> None:
-    """Older versions of transformers compute Gemma 2 under sdpa without it, in silence."""
+    """Older versions of transformers silently compute Gemma 2 under sdpa without it."""
     q, k = torch.zeros(1, 4, 28, 8), torch.zeros(1, 2, 28, 8)
     install(build("llama"))
     with pytest.raises(SharingRefused, match="set attn_implementation to eager"):
@@ -180,7 +180,7 @@ def test_a_softcap_that_sdpa_leaves_out_is_no_reference() -> None:
         )
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+# --- Refusals --------------------------------------------------------------------------------------------------------
 
 HYBRID = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -247,7 +247,7 @@ def test_dropout_is_refused_in_training_alone(kind: str) -> None:
     assert choose(model, training=False).on
     assert not model.training
     install(model)
-    if kind == "attention":  # and if it is switched on later, it stops the run
+    if kind == "attention":  # switched on later, it stops the run
         with pytest.raises(D2OError, match=r"dropout of 0\.2"):
             response_hidden(decoder_of(model.train()), pack_shared(EXAMPLES))
 
@@ -260,7 +260,7 @@ def test_lora_dropout_is_refused() -> None:
 
 
 def test_a_window_that_the_call_does_not_tell_is_refused() -> None:
-    """The model's own masks would know of it; ours would be wrong only for long sequences, after the check."""
+    """The model's own masks include it; ours would be wrong only for long sequences, after the check."""
     model = build("llama", sliding_window=512)
     assert "layer 0 has a window of 512, but its attention call says None" in choose(model).text
 
@@ -292,7 +292,7 @@ def test_layers_of_an_unknown_type_are_refused() -> None:
 
 
 def test_wrong_log_probabilities_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that passes the probe and is wrong all the same: here its positions are."""
+    """A model may pass the probe and still be wrong; here its positions are."""
     positions = sharing.SharedSequence.position_ids
     monkeypatch.setattr(sharing.SharedSequence, "position_ids", lambda row: torch.arange(len(positions(row))))
     for dtype in ("float32", "bfloat16"):
@@ -304,7 +304,7 @@ def test_wrong_log_probabilities_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("kind", "extra"), [("llama", {}), ("falcon", {"hidden_dropout": 0.2})])
 def test_the_generators_and_the_mode_are_left_alone(kind: str, extra: dict[str, Any]) -> None:
     model = build(kind, **extra).train()
-    frozen = list(model.modules())[-1].eval()  # somebody keeps a layer in evaluation mode
+    frozen = list(model.modules())[-1].eval()  # a user keeps a layer in evaluation mode
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)

@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, for every architecture, without a GPU (see codegen_table.py)."""
+"""The compilers' code for the kernels, for every architecture, without a GPU (see tests/support/codegen_table.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHITECTURES = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """Compiled in a process of its own: interpreted kernels, which the other tests use, cannot be compiled."""
+    """Compiled in a separate process: interpreted kernels, which the other tests use, cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(TABLE), "--json"], env=environment, capture_output=True, text=True, timeout=DEADLINE

@@ -1,4 +1,4 @@
-"""The products over the kept columns of the gradient against fp64; interpreted on a CPU, for real on CUDA."""
+"""The products over the kept columns of the gradient against fp64; interpreted on a CPU, compiled on CUDA."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _no_write_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Problem:
-    """A gradient whose columns have sizes from e^-12 to 1, so that a bound cuts somewhere; operands of its dtype."""
+    """A gradient whose columns have sizes from e^-12 to 1, so that a bound keeps some; operands of its dtype."""
 
     def __init__(self, device, n: int, V: int, H: int, dtype=torch.float32, *, gap: int = 0, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ class Problem:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator)
 
-        # As logit_grad_ leaves it: rows of a 16-bit gradient lie in the memory of fp32 rows.
+        # As logit_grad_ leaves it: rows of a 16-bit gradient occupy the memory of fp32 rows.
         memory = torch.full((n, V + gap), 7.0).to(device)
         self.coef = normal(n).to(device)
         values = self.coef[:, None] * (normal(n, V) * torch.exp(-12 * torch.rand(V, generator=generator))).to(device)
@@ -113,7 +113,7 @@ def test_error_against_all_columns_is_within_the_stated_bound(device, dtype) -> 
 @pytest.mark.slow
 @DTYPES
 def test_without_a_bound_it_is_the_dense_product(device, dtype) -> None:
-    """Every column has gradients other than zero: none is left out, and the error is not above eager's."""
+    """Every column has nonzero gradients: none is left out, and the error is not above eager's."""
     problem = Problem(device, 48, 600, 64, dtype)
     assert (problem.exact != 0).any(0).all()
     dhidden, dweight, count = problem.run(0.0, fresh=True, wide=False)
@@ -124,7 +124,7 @@ def test_without_a_bound_it_is_the_dense_product(device, dtype) -> None:
     ):
         reference = left.double() @ right.double()
         found, eager = relative_errors(ours, reference), relative_errors(left @ right, reference)
-        # In fp32 both are a few roundings, whose sizes say nothing; the interpreter truncates to bf16.
+        # In fp32 both errors are a few roundings, whose sizes mean nothing; the interpreter truncates to bf16.
         truncated = 2**-7 if device.type == "cpu" and dtype == torch.bfloat16 else 0.0
         assert found[0] <= max(eager[0], 1e-6, truncated)
         assert found[1] <= max(eager[1], 1e-6, truncated)
@@ -174,7 +174,7 @@ def test_nan_is_never_left_out(device, where) -> None:
 
 
 def test_what_is_left_out_is_not_read(device) -> None:
-    """A weight row of NaN beside a column that nobody kept, and NaN after the end of every row."""
+    """The weight row of a dropped column is NaN, and NaN follows the end of every row."""
     problem = Problem(device, 20, 140, 24, gap=4)
     kept = problem.kept(0.1)
     assert 0 < int(kept.sum()) < 140
@@ -187,7 +187,7 @@ def test_what_is_left_out_is_not_read(device) -> None:
 @pytest.mark.slow
 @pytest.mark.sanitize
 def test_packing_crosses_blocks_in_place(device) -> None:
-    """More kept columns than one block of the walk holds, moved by odd distances."""
+    """There are more kept columns than one block of the walk holds, moved by odd distances."""
     V = 3 * BLOCK_PACK + 77
     problem = Problem(device, 2, V, 3, torch.float16)
     problem.grad[:, :] = torch.arange(V, device=device).remainder(7).half() * problem.coef.half()[:, None]

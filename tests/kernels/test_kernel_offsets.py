@@ -1,4 +1,4 @@
-"""Rows whose offsets pass 2^31 elements (kernel_offsets.py), interpreted also where there is a GPU."""
+"""Rows whose offsets pass 2^31 elements (tests/support/kernel_offsets.py), interpreted even if there is a GPU."""
 
 from __future__ import annotations
 

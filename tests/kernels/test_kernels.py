@@ -1,4 +1,4 @@
-"""The kernels against the fp64 reference, at shapes that no block divides; interpreted on a CPU, for real on CUDA."""
+"""The kernels against the fp64 reference, at shapes that no block divides; interpreted on a CPU, compiled on CUDA."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_forward_error_is_not_above_eager_in_the_same_dtype(device, dtype) -> No
     reference = naive_linear_logprob(hidden.double(), weight.double(), targets)
     ours = relative_errors(linear_logprob_forward(hidden, weight, targets, **options)[0], reference)
     eager = relative_errors(naive_linear_logprob(hidden, weight, targets), reference)
-    # In fp32 both are a few roundings of the order of 1e-7, whose sizes say nothing; a 16-bit eager logit is rounded.
+    # In fp32 both errors are roundings near 1e-7, whose sizes mean nothing; a 16-bit eager logit is rounded.
     assert ours[0] <= max(eager[0], 5e-7)
     assert ours[1] <= max(eager[1], 3e-7)
 
@@ -143,13 +143,13 @@ def test_forward_rounds_an_fp32_weight_to_the_dtype_of_hidden(device) -> None:
 
 
 def test_forward_survives_extreme_logits(device) -> None:
-    """+-1e4, in one row and in all columns of some tiles."""
+    """Logits are +-1e4 in one row and in all columns of some tiles."""
     N, V = 6, 150
     logits = torch.zeros(N, V, device=device)
     logits[0] = -1e4
     logits[1] = 1e4
-    logits[2, 149] = 1e4  # the last column of the last tile dominates all that came before it
-    logits[3, 0] = 1e4  # the first column dominates all that follows
+    logits[2, 149] = 1e4  # the last column of the last tile dominates all before it
+    logits[3, 0] = 1e4  # the first column dominates all after it
     logits[4] = torch.linspace(-1e4, 1e4, V, device=device)
     logits[5, :64] = -1e4
     targets = torch.tensor([3, 3, 149, 1, 149, 0], device=device)
@@ -159,7 +159,7 @@ def test_forward_survives_extreme_logits(device) -> None:
 
 
 def test_forward_takes_a_masked_vocabulary(device) -> None:
-    """A bias of -inf forbids tokens: whole tiles and whole splits of them, and the target of one row."""
+    """A bias of -inf forbids whole tiles and whole splits of tokens, and the target of one row."""
     hidden, weight, targets, _ = problem(device, 18, 20, 300)
     bias = torch.zeros(300, device=device)
     bias[10:290] = float("-inf")
@@ -267,7 +267,7 @@ def chosen(monkeypatch) -> list[str]:
 
 
 def best_kernel(device: torch.device) -> str:
-    """The forward for rows that descriptors can read: a device that has none takes pointers."""
+    """The forward for rows that descriptors can read; a device without descriptors uses pointers."""
     has_descriptors = architecture(device) in DESCRIPTOR_TILES
     return "linear_logprob_tma_kernel" if has_descriptors else "linear_logprob_kernel"
 
@@ -341,7 +341,7 @@ def test_older_devices_have_no_descriptors() -> None:
 
 # ------------------------------------------------------------------------------------------- rows of logits in memory
 
-# One block and a tail, whichever device runs the tests.
+# One block and a tail on every device.
 BLOCK_V = max(tile.block_v for tile in ROW_TILES.values())
 LONG = BLOCK_V + 77
 
@@ -368,7 +368,7 @@ def grad64(raw, targets, coef, bias=None, softcap=None, logit_scale=1.0):
 def rounding(dtype, device) -> float:
     """Largest relative error of one rounding to ``dtype`` after fp32 arithmetic."""
     if dtype == torch.bfloat16 and device.type == "cpu":
-        return 2**-7  # the interpreter truncates to bf16 where a GPU rounds
+        return 2**-7  # the interpreter truncates to bf16, a GPU rounds
     return 1e-6 + {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
 
 
@@ -389,7 +389,7 @@ def test_stats_match_fp64(device, V, settings) -> None:
 @DTYPES
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_grad_matches_autograd_in_fp64(device, dtype, settings) -> None:
-    """Two and a half blocks: what is written over must have been read, in the same block and in others."""
+    """Two and a half blocks: every element must be read before it is overwritten, in its block and in others."""
     raw, targets, coef, options = rows_problem(device, 3, 2 * BLOCK_V + 2049, **settings)
     _, reference = grad64(raw, targets, coef, **options)
     _, stats = logit_stats(raw, targets, **options)
@@ -400,7 +400,7 @@ def test_grad_matches_autograd_in_fp64(device, dtype, settings) -> None:
     assert_close(grad, reference, largest)
     at_target = grad.gather(1, targets[:, None])
     assert_close(at_target, reference.gather(1, targets[:, None]), largest)
-    rest = reference.scatter(1, targets[:, None], 0.0)  # a thousand times smaller, and its own scale
+    rest = reference.scatter(1, targets[:, None], 0.0)  # a thousand times smaller: compared at its own scale
     assert_close(grad.scatter(1, targets[:, None], 0.0), rest, 2 * largest)
 
 
@@ -441,7 +441,7 @@ def test_grad_of_a_masked_vocabulary_is_exactly_zero(device, softcap) -> None:
     bias = torch.zeros(200, device=device)
     bias[50:150] = float("-inf")
     targets[:] = torch.tensor([0, 199, 20, 180], device=device)
-    raw[3, :] = float("-inf")  # a wholly masked row: its probabilities are NaN, its gradient is zero nevertheless
+    raw[3, :] = float("-inf")  # a fully masked row: its probabilities are NaN, but its gradient is zero
     expected_logps, reference = grad64(raw[:3], targets[:3], coef[:3], bias=bias, softcap=softcap)
     logps, stats = logit_stats(raw, targets, bias, softcap)
     assert_close(logps[:3], expected_logps, 1e-6)
@@ -463,7 +463,7 @@ def test_rows_survive_extreme_logits(device, dtype) -> None:
     expected_logps, reference = grad64(raw, targets, coef)
     logps, stats = logit_stats(raw, targets)
     assert_close(logps, expected_logps, 1e-6)
-    # The log-sum-exp, an fp32 number near 1e4 here, would put 1e-3 on a probability; its two parts do not.
+    # The fp32 log-sum-exp, near 1e4 here, would put an error of 1e-3 on a probability; its two parts do not.
     assert_close(logit_grad_(raw, targets, stats, coef, out_dtype=dtype), reference, 1e-6 + rounding(dtype, device))
 
 
@@ -566,7 +566,7 @@ def test_group_loss_of_any_margin_matches_fp64(device, margin, lengths) -> None:
 
 
 def test_group_loss_with_a_gate_of_zero_is_exactly_the_ungated_terms(device) -> None:
-    """Whatever alpha and beta: z only shows in the margins."""
+    """It holds for any alpha and beta; z shows only in the margins."""
     _, _, token_logps, offsets, ref_logps = loss_problem(device, [[4, 5, 6], [300, 1, 2]])
     for alpha, beta in ((0.1, 0.1), (1e6, 1e6), (0.0, 0.0)):
         *_, coef = group_loss(token_logps, *offsets, ref_logps, alpha, beta, 0.5, 2, 0.25, 0.0)
@@ -582,14 +582,14 @@ def test_group_loss_is_stable_for_any_margin(device, z) -> None:
     _, _, _, margins, losses, coef = group_loss(token_logps, *offsets, ref_logps, 1.0, 1.0, 0.0, 1)
     z64 = margins.double().cpu()
     assert abs(float(z64) - z) <= 1e-6 * max(1.0, abs(z)) + 1e-6
-    # Relative to the true value, however small: sigmoid(-80) is 2e-35.
+    # Relative to the true value even if it is small: sigmoid(-80) is 2e-35.
     assert torch.allclose(losses.double().cpu(), torch.nn.functional.softplus(-z64), rtol=1e-5, atol=1e-17)
     gate = torch.sigmoid(-z64)
     assert torch.allclose(coef.double().cpu(), torch.cat([gate, -gate]), rtol=1e-5, atol=1e-44)
 
 
 def test_group_loss_at_the_references(device) -> None:
-    """z = 0, the loss ln 2, half the weight, and a gradient that is not zero (paper, Eq. 4)."""
+    """z is 0, the loss ln 2, the weight a half, and the gradient not zero (paper, Eq. 4)."""
     _, _, token_logps, offsets, ref_logps = loss_problem(device, [[4, 5, 6, 7]])
     logps = group_loss(token_logps, *offsets, ref_logps, 0.1, 0.1, 0.0, 1)[0]
     _, _, _, margins, losses, coef = group_loss(token_logps, *offsets, logps, 0.1, 0.1, 0.0, 1)

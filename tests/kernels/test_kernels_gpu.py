@@ -18,7 +18,7 @@ from helpers import assert_close
 
 pytestmark = pytest.mark.gpu
 
-# Few cases, since most of a case's time is the compiler's: benchmarks.gpu runs these tests within its ten minutes.
+# Few cases, since compiling takes most of a case's time: benchmarks.gpu runs these tests within its ten minutes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SETTINGS = {
@@ -27,7 +27,7 @@ SETTINGS = {
     "capped": {"softcap": 30.0},
     "all": {"bias": True, "softcap": 30.0, "logit_scale": 0.0625},
 }
-# N, H, V: Qwen2.5-0.5B, Llama-3.2-1B, Gemma-2-2B, and rows that only pointers can read.
+# (N, H, V) of Qwen2.5-0.5B, Llama-3.2-1B, Gemma-2-2B, and of rows that only pointers can read.
 HEADS = {
     "896 x 151936": (1500, 896, 151936),
     "2048 x 128256": (1500, 2048, 128256),
@@ -58,7 +58,7 @@ def logprob64(hidden, weight, targets, **options):
     + [("2048 x 128256", "bf16", name) for name in SETTINGS if name != "plain"],
 )
 def test_forward_at_the_size_of_a_real_head(device, dtype, head, settings) -> None:
-    """Many tiles in every direction, V * H beyond 2^31 bytes, and the same bits twice."""
+    """There are many tiles in every direction, V * H exceeds 2^31 bytes, and two runs give the same bits."""
     hidden, weight, targets, options = problem(device, *HEADS[head], DTYPES[dtype], **SETTINGS[settings])
     logps, stats = linear_logprob_forward(hidden, weight, targets, **options)
     assert_close(logps, logprob64(hidden, weight, targets, **options), 2e-6, 1e-6)
@@ -103,7 +103,7 @@ def test_rows_of_a_real_vocabulary(device, dtype, settings) -> None:
     ("head", "share"), [*((head, 0.02) for head in HEADS), ("2048 x 128256", 1.0)], ids=[*HEADS, "all columns kept"]
 )
 def test_filtered_products_at_the_size_of_a_real_head(device, dtype, head, share) -> None:
-    """Against the vendor's products of the same columns; ``share`` of the columns exceed the bound."""
+    """Compares with the vendor's products of the same columns; ``share`` of the columns exceed the bound."""
     n, H, V = HEADS[head]
     hidden, weight, _, _ = problem(device, n, H, V, dtype)
     grad = torch.randn(n, V, device=device).mul_(torch.rand(V, device=device) < share).add_(1e-6)

@@ -1,4 +1,4 @@
-"""What users of other fused losses complained about, where no other file tests it already.
+"""Complaints of users of other fused losses that no other file tests.
 
 Shapes: N response tokens, V vocabulary, H hidden, S responses. *Rows*: tokens whose logits the workspace holds.
 """
@@ -32,7 +32,7 @@ def on(device: torch.device, p: Problem) -> Problem:
 
 
 class Products(TorchDispatchMode):
-    """(n, k, m) of every matrix product, and the largest storage that any operation made."""
+    """Records (n, k, m) of every matrix product, and the largest storage that an operation made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Products(TorchDispatchMode):
 
 
 def bf16_errors(p: Problem, rows: int) -> dict[str, tuple[float, float]]:
-    """Of the loss's gradients, and of those that ``linear_logprob`` gives for the same upstream numbers."""
+    """Errors of the loss's gradients, and of ``linear_logprob``'s gradients for the same upstream numbers."""
     exact = run(naive_d2o_loss, p, torch.float64, through=torch.bfloat16)
     workspace = rows * 4 * p.weight.shape[0]
 
@@ -102,7 +102,7 @@ def test_bf16_gradient_error_does_not_grow_with_the_number_of_chunks(lengths: li
 def test_padding_of_the_vocabulary_takes_no_part(V: int, backend: str, device: torch.device) -> None:
     """verl 2656, 2899: padded columns of logit 0 beside real ones near -130 gave log-probabilities of +123.
 
-    In the loss the rows' own kernels do the same work: results, and gradients, of which padding took nearly all.
+    The loss's row kernels do the same work, and nearly all of the gradient would go to the padding.
     """
     p = problem([[2, 3], [1, 2]], V=V, H=9)
     p.hidden[:, 0], p.weight[:, 0] = 1.0, -130.0
@@ -133,7 +133,7 @@ def test_fp16_logits_beyond_the_range_of_fp16(backend: str, device: torch.device
     found = run(fused_d2o_loss, p, torch.float16, backend=backend)
     assert_all_close({"logps": found["logps"]}, {"logps": exact["logps"]}, 1e-6)
     assert found["dweight"].isfinite().all()
-    # One logit of 1e5 carries an error of 4e-3 in fp32, and the weight's gradient is that of its token's probability.
+    # An fp32 logit of 1e5 has an error of 4e-3, and so have its token's probability and the weight's gradient.
     assert relative_errors(found["dweight"], exact["dweight"])[1] < 1e-2
 
 
@@ -142,9 +142,9 @@ def test_fp16_logits_beyond_the_range_of_fp16(backend: str, device: torch.device
 
 @backends
 def test_upstream_gradients_may_be_zero_or_share_their_memory(backend: str, device: torch.device) -> None:
-    """Liger 968 took the first upstream number for all. Different ones: test_ops.py, test_ops_triton.py.
+    """Liger 968 took the first upstream number for all. Different numbers: test_ops.py, test_ops_triton.py.
 
-    A sum's gradient is one number seen N times with stride 0; a masked sum's is 0 for tokens that must stay silent.
+    A sum's gradient is one number read N times with stride 0; a masked sum's is 0 for masked tokens.
     """
     p = on(device, problem([[4, 4]], V=45, H=8))
 
@@ -169,7 +169,7 @@ def test_upstream_gradients_may_be_zero_or_share_their_memory(backend: str, devi
 
 
 def test_linear_logprob_does_no_work_for_a_frozen_head() -> None:
-    """Liger 1441: dWeight computed, and thrown away. The loss itself: test_ops_contract.py."""
+    """Liger 1441: dWeight computed and thrown away. The loss itself: tests/loss/test_ops_contract.py."""
     p = problem([[5, 6]], V=31, H=7)
     logits, dhidden, dweight = (31, 7, 11), (11, 31, 7), (31, 11, 7)
     for trained, products in (
@@ -186,12 +186,12 @@ def test_linear_logprob_does_no_work_for_a_frozen_head() -> None:
 @pytest.mark.parametrize(
     ("lengths", "rows", "most"),
     [
-        ([[100, 100]], 60, 4),  # one staged prompt: as few chunks as hold it
+        ([[100, 100]], 60, 4),  # one staged prompt: the fewest chunks that hold it
         ([[10, 201]], 200, 3),  # one token too many must not make a chunk of one token beside 200 others
         ([[10, 10]] * 10, 60, 4),  # three prompts to a chunk, the last one alone
         ([[16, 15]] * 10, 60, 10),  # two do not fit together: a chunk each, at least half full
         ([[10, 10]] * 10, 10_000, 1),  # everything at once
-        ([[40, 40], [5, 5], [40, 40], [5, 5]], 60, 6),  # staged ones between small ones, which are not neighbours
+        ([[40, 40], [5, 5], [40, 40], [5, 5]], 60, 6),  # staged prompts separate the small ones
     ],
 )
 def test_few_large_chunks(lengths: list[list[int]], rows: int, most: int) -> None:
@@ -274,9 +274,9 @@ def test_a_dtensor_beside_plain_tensors_is_refused_by_name(tmp_path: Path) -> No
 
 
 def test_cached_references_are_those_of_a_live_model(tmp_path: Path) -> None:
-    """TRL 7083: the fused path refused precomputed references. A store on disk: test_anchors.py.
+    """TRL 7083: the fused path refused precomputed references. A store on disk: tests/anchors/test_anchors.py.
 
-    One number per response, scored once in other chunks than the training step's, written and read as text.
+    Each response has one number, scored in other chunks than the training step's, then written and read as text.
     """
     p = problem(MIXED, V=211, H=24)
     reference_weight = p.weight + 0.05 * torch.randn(211, 24, generator=torch.Generator().manual_seed(5))
@@ -288,7 +288,7 @@ def test_cached_references_are_those_of_a_live_model(tmp_path: Path) -> None:
     assert torch.equal(cached, sequence_logps(logps, p.layout)), "the text loses digits"
     p.ref_logps = sequence_logps(live, p.layout)
     exact = run(naive_d2o_loss, p, torch.float64)
-    for dtype in (torch.float32, torch.float64):  # a cache in either is taken beside fp32 hidden states
+    for dtype in (torch.float32, torch.float64):  # both dtypes are accepted with fp32 hidden states
         p.ref_logps = cached.to(dtype)
         found = run(fused_d2o_loss, p, workspace_bytes=5 * 4 * 211)
         for name in ("loss", "dhidden", "dweight"):
@@ -317,7 +317,7 @@ def kernel_modules() -> list[Any]:
 
 
 def test_no_kernel_is_autotuned() -> None:
-    """SkyRL 2141: tuning runs a kernel many times on the same tensors; one that writes in place then gives nonsense."""
+    """SkyRL 2141: tuning runs a kernel many times on the same tensors, which breaks kernels that write in place."""
     from triton.runtime.autotuner import Autotuner, Heuristics
 
     kernels = {

@@ -1,7 +1,7 @@
 """Heads of real architectures: the operations in place of the model's own logits, results and every gradient.
 
-Shapes: S responses, P tokens of each prompt, R of each response, V vocabulary, H hidden. That decoder and head are
-found, and give the model's log-probabilities: test_models.py.
+Shapes: S responses, P tokens of each prompt, R of each response, V vocabulary, H hidden. tests/model/test_models.py
+checks that decoder and head are found and give the model's log-probabilities.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def built(name: str, dtype: torch.dtype = torch.float64, **extra: Any) -> nn.Module:
-    """With a bias that is not the zeros of its initialisation and logits far from uniform."""
+    """The model with a nonzero bias and logits far from uniform."""
     model_type, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -68,13 +68,13 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def own_logps(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(S, R) by way of the model's own logits."""
+    """(S, R) log-probabilities from the model's own logits."""
     logits = model(input_ids=ids, use_cache=False).logits[:, P - 1 : -1]
     return logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
 
 
 def states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """(S, R, H): those that predict the response tokens, a view of the decoder's (S, P + R, H)."""
+    """(S, R, H) states that predict the response tokens, a view of the decoder's (S, P + R, H)."""
     return base_of(model).base_model(input_ids=ids, use_cache=False).last_hidden_state[:, P - 1 : -1]
 
 
@@ -85,7 +85,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(model: nn.Module, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The head's own to fp64; those behind the norms, which several models take in fp32, to that."""
+    """The head's gradients must agree to fp64, the others to fp32, in which several models compute their norms."""
     assert found.keys() == expected.keys()
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
@@ -124,7 +124,7 @@ def test_the_loss_is_that_of_the_models_own_logits(name: str, workspace_rows: in
 
 @architectures
 def test_log_probabilities_are_those_of_the_models_own_logits(name: str) -> None:
-    """Token by token over all responses: hidden states R rows apart in the decoder's output, not contiguous."""
+    """Tokens are ordered across responses: hidden states are R rows apart in the decoder's output, not contiguous."""
     model = built(name)
     ids, targets = rows()
     upstream = torch.randn(LAYOUT.num_responses, R, generator=torch.Generator().manual_seed(2)).double()
@@ -150,7 +150,7 @@ def test_log_probabilities_are_those_of_the_models_own_logits(name: str) -> None
     ],
 )
 def test_each_part_of_the_head_matters_here(name: str, option: str, neutral: float | None) -> None:
-    """Left out in silence it would show in the tests above: the log-probabilities are others without it."""
+    """A silent omission would fail the tests above: the log-probabilities differ without it."""
     model = built(name)
     ids, targets = rows()
     head, hidden = head_of(model), states(model, ids).flatten(0, 1)
@@ -161,7 +161,7 @@ def test_each_part_of_the_head_matters_here(name: str, option: str, neutral: flo
 
 @architectures
 def test_bf16_log_probabilities_are_nearer_than_the_models_own(name: str) -> None:
-    """The model rounds its logits to bf16, after the cap once more; here they stay fp32."""
+    """The model rounds its logits to bf16, and again after the cap; here they stay fp32."""
     model = built(name, torch.bfloat16)
     ids, targets = rows()
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_bf16_log_probabilities_are_nearer_than_the_models_own(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["Gemma 2: softcap, tied", "Cohere: scale, tied", "Phi: bias"])
 def test_the_triton_path(name: str, device: torch.device) -> None:
-    """fp32, the kernels; beside the model's own fp32 logits, both against fp64 ones of the same hidden states."""
+    """Compares the fp32 kernels and the model's own fp32 logits with fp64 logits of the same hidden states."""
     model = built(name, torch.float32).to(device)
     ids, targets = (x.to(device) for x in rows())
     head = head_of(model)
@@ -205,7 +205,7 @@ def wide_gradients(
 
 
 def test_a_tied_weight_gains_the_gradient_of_the_head_and_of_the_embedding() -> None:
-    """Beside a copy of the model with the two apart, whose gradients are added by hand."""
+    """Compares with a copy of the model in which the two are separate; their gradients are added by hand."""
     tied = built("Llama: plain, tied")
     apart = built("Llama: plain, tied", tie_word_embeddings=False)
     weights = tied.state_dict()
@@ -222,7 +222,7 @@ def test_a_tied_weight_gains_the_gradient_of_the_head_and_of_the_embedding() -> 
 
 
 def test_lora_beside_a_frozen_head() -> None:
-    """The adapters' gradients are those of the model's own logits, and nothing else gets one."""
+    """The adapters' gradients equal those of the model's own logits, and nothing else gets a gradient."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(built("Granite: divides"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).double()
@@ -245,5 +245,5 @@ def test_lora_beside_a_frozen_head() -> None:
 
 
 def strip(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names as the model inside the adapter's wrapper has them."""
+    """Names as in the model inside the adapter's wrapper."""
     return {name.removeprefix("base_model.model."): gradient for name, gradient in named.items()}

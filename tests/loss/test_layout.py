@@ -1,4 +1,4 @@
-"""Where responses lie in a packed batch: what the layout gives, and what it refuses."""
+"""The layout of responses in a packed batch: its results and its refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_offsets_that_do_not_fit_are_refused(cu_seqlens: object, cu_groups: obje
 
 
 def test_offsets_on_a_device_are_refused() -> None:
-    """Reading them back would make the step wait for the device."""
+    """Reading offsets back would make the step wait for the device."""
     with pytest.raises(TypeError, match="cu_seqlens is on meta: pass it as a list or a CPU tensor"):
         ResponseLayout(torch.tensor([0, 3, 5], device="meta"), [0, 2])
 

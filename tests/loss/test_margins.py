@@ -33,7 +33,7 @@ def made(lengths: list[list[int]], device: torch.device, **options: Any) -> Prob
     return p
 
 
-# Every combination that the staged walk treats in a way of its own.
+# Every combination that the staged walk treats differently.
 MARGINS = {
     "DPO": (PAIRS, Margin.dpo(0.3)),
     "NPO": (ALONE, Margin.npo(0.3)),
@@ -59,7 +59,7 @@ def test_margins_equal_the_reference(case: Any, backend: str, rows: int | None, 
 
 
 def test_margins_are_the_losses_of_their_names() -> None:
-    """Against formulas written out here, from the papers."""
+    """Compares with formulas of the papers, written out here."""
     p = made(PAIRS, torch.device("cpu"))
     logps = -20 * torch.rand(6, dtype=torch.float64)
     refs = p.ref_logps.double()
@@ -86,7 +86,7 @@ def test_anchors_weighed_but_missing_are_refused() -> None:
 
 
 def peaked(device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
-    """Most of each row's softmax on one of 40 words of 503, so that most columns hold next to nothing."""
+    """Each row's softmax is mostly on one of 40 words of 503, so that most columns are near zero."""
     p = problem([[30, 25, 20], [9, 14]], V=503, H=64, seed=3)
     words = torch.randint(40, (p.layout.num_tokens,), generator=torch.Generator().manual_seed(4))
     p.hidden = (p.weight[words] * 6 + 0.1 * p.hidden).to(dtype)
@@ -102,7 +102,7 @@ def peaked(device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_filter_keeps_its_bound(dtype: torch.dtype, rows: int | None, device: torch.device) -> None:
-    """Entry by entry, of each token's and each word's gradient; and on peaked inputs it leaves most products out."""
+    """Every entry of each token's and each word's gradient is bounded; on peaked inputs most products are skipped."""
     p = peaked(device, dtype)
     eps = 1e-3
     workspace = None if rows is None else rows * 4 * 503
@@ -116,7 +116,7 @@ def test_the_filter_keeps_its_bound(dtype: torch.dtype, rows: int | None, device
     gate = torch.sigmoid(-z) / p.layout.num_prompts
     per_response = torch.cat([torch.stack([0.1 * g] + [0.1 * g / k] * int(k)) for g, k in zip(gate, K, strict=True)])
     coef = per_response[p.layout.tensor("token_response", device)]
-    slack = 3e-6 if dtype == torch.float32 else 8e-3  # what rounding alone may do
+    slack = 3e-6 if dtype == torch.float32 else 8e-3  # for rounding alone
     for name, bound in (
         ("dhidden", eps * coef[:, None] * p.weight.double().abs().sum(0)),
         ("dweight", (eps * coef @ p.hidden.double().abs())[None]),
@@ -171,7 +171,7 @@ def test_a_filter_without_the_kernels_is_refused(backend: str) -> None:
 
 @pytest.mark.parametrize("tokens", [33, 41, 57])
 def test_an_odd_number_of_bf16_tokens_reads_nothing_beside_them(tokens: int) -> None:
-    """oneDNN reads past the end of strided bf16 rows: what lies there must not come into dWeight."""
+    """oneDNN reads past the end of strided bf16 rows; the values there must not reach dWeight."""
     p = problem([[tokens - 8, 8]], V=203, H=32)
     exact = run(naive_d2o_loss, p, torch.float64, through=torch.bfloat16)
     found = run(fused_d2o_loss, p, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What follows from the paper's equation, for the reference and for the fused loss; and TRL's own DPO trainer.
+"""Consequences of the paper's equation for the reference and the fused loss, and a comparison with TRL's DPO trainer.
 
 Shapes: N response tokens, S responses, G prompts, K anchors of one prompt.
 """
@@ -41,7 +41,7 @@ def sequences(K: int, G: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 @LOSSES
 @pytest.mark.parametrize("K", [1, 11])
 def test_at_the_references(loss: Any, K: int) -> None:
-    """z = 0, the loss ln 2, and a gradient that is not zero: a reference that followed the policy would give none."""
+    """z is 0, the loss ln 2, and the gradient not zero; it would be zero if the reference followed the policy."""
     p = problem([[3] + [2, 4, 5][: 1 + K % 3] * (K // 2 + 1)] * 2)
     with torch.no_grad():
         start: D2OOutput = loss(p.hidden, p.weight, p.targets, p.layout, p.ref_logps)
@@ -76,7 +76,7 @@ def test_one_anchor_and_equal_weights_are_dpo() -> None:
 
 @LOSSES
 def test_identical_anchors_count_as_one(loss: Any) -> None:
-    """Averaging over K and dividing beta by K as well would make eleven anchors weigh an eleventh of one."""
+    """Averaging over K and also dividing beta by K would give eleven anchors an eleventh of one anchor's weight."""
     one = problem([[4, 3]])
     rejected, anchor = one.hidden.split([4, 3])
     targets = one.targets.split([4, 3])
@@ -101,7 +101,7 @@ def test_anchors_may_be_permuted() -> None:
 
 
 def test_without_anchors_weight_it_is_npo() -> None:
-    """beta = 0: NPO with beta_NPO = alpha, without its factor 2 / beta_NPO."""
+    """beta = 0 gives NPO with beta_NPO = alpha, without its factor 2 / beta_NPO."""
     logps, refs, layout = sequences(4)
     D = (logps - refs)[::5]
     npo = -(2 / 0.3) * F.logsigmoid(-0.3 * D).mean()
@@ -128,7 +128,7 @@ def test_log_probabilities_are_summed_not_averaged() -> None:
 def test_trl_dpo_trainer_computes_the_same_loss(tmp_path: Path) -> None:
     """TRL's DPOTrainer on the same model, reference and tokens: D2O at K = 1 and alpha = beta.
 
-    In a process of its own: TRL sets up accelerate, which keeps state for good.
+    It runs in a separate process: TRL sets up accelerate, which keeps global state.
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SUPPORT)}
     command = [sys.executable, __file__, str(tmp_path)]

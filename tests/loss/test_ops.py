@@ -52,7 +52,7 @@ def test_fp32_equals_the_reference(case: Problem, rows: int | None) -> None:
 @cases
 @pytest.mark.parametrize("rows", [4, None], ids=lambda rows: f"rows={rows}")
 def test_fp64_equals_the_reference(case: Problem, rows: int | None) -> None:
-    """The formulas themselves: to the last digits, an error that fp32 would hide shows."""
+    """Checks the formulas to the last digits: an error that fp32 would hide shows."""
     workspace = None if rows is None else 2 * row_bytes(case, rows)
     exact = run(naive_d2o_loss, case, torch.float64, upstream=0.7)
     assert_all_close(run(fused_d2o_loss, case, torch.float64, upstream=0.7, workspace_bytes=workspace), exact, 1e-12)
@@ -76,10 +76,10 @@ def test_16_bit_results_and_dtypes(dtype: torch.dtype, rows: int | None) -> None
 @pytest.mark.parametrize("rows", [30, None], ids=["staged", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_no_worse_than_eager(dtype: torch.dtype, rows: int | None) -> None:
-    """Against fp64, by largest and by RMS error, beside the eager computation in the same dtype.
+    """Compares largest and RMS errors against fp64 with those of the eager computation in the same dtype.
 
-    K from 1 to 13, odd V and H. How a prompt's few coefficients round to bf16 is a matter of luck, and more so a single
-    largest error: the mean over 16 problems is compared.
+    K from 1 to 13, odd V and H. The rounding of a prompt's few coefficients to bf16 is random, and a single largest
+    error even more so; therefore the mean over 16 problems is compared.
     """
     lengths = [[9] + [3 + (5 * i) % 11 for i in range(K)] for K in (1, 13, 4)]
     ours: dict[str, list[tuple[float, float]]] = {}
@@ -96,7 +96,7 @@ def test_error_no_worse_than_eager(dtype: torch.dtype, rows: int | None) -> None
         for ours_mean, eager_mean in zip(
             torch.tensor(ours[name]).mean(0), torch.tensor(theirs[name]).mean(0), strict=True
         ):
-            # Two roundings of fp32: where eager is nearer than that, it was luck.
+            # Two roundings of fp32: if eager is nearer than that, it is luck.
             assert ours_mean <= max(1.05 * eager_mean, 2.4e-7), f"{name}: {ours_mean:.2e}, eager {eager_mean:.2e}"
 
 
@@ -143,7 +143,7 @@ def test_same_bits_twice(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [3, None], ids=["chunks", "whole"])
 @pytest.mark.parametrize("case", ["plain", "odd vocabulary and width", "scale, bias and cap"])
 def test_linear_logprob(case: str, rows: int | None) -> None:
-    """With an upstream gradient of its own for every token: scaling all by the first would not pass."""
+    """Every token has its own upstream gradient: scaling all by the first would fail."""
     p = CASES[case]
     options = {name: value for name, value in p.options.items() if name in ("softcap", "logit_scale")}
     upstream = torch.randn(p.layout.num_tokens, generator=torch.Generator().manual_seed(1))
@@ -170,7 +170,7 @@ def test_linear_logprob_bf16_logps_are_those_of_fp32() -> None:
 
 
 def test_d2o_through_linear_logprob() -> None:
-    """The general door and the fused loss give one gradient."""
+    """``linear_logprob`` and the fused loss give the same gradient."""
     from d2o_fast import d2o_loss
     from d2o_fast.loss.reference import sequence_logps
 
@@ -206,7 +206,7 @@ def test_strided_inputs() -> None:
 
 
 def test_tied_embedding() -> None:
-    """The weight is an embedding as well: both gradients arrive in it."""
+    """The weight is also an embedding: its gradient is the sum of both."""
     p = problem(MIXED, V=64, H=16)
     ids = torch.randint(64, (p.layout.num_tokens,), generator=torch.Generator().manual_seed(3))
     grads = []
@@ -234,7 +234,7 @@ def test_minus_infinity_bias_takes_tokens_out() -> None:
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_extreme_logits(size: float) -> None:
-    """One token dominates every row (or is out of reach): finite, and as near to fp64 as fp32 logits of 1e4 allow."""
+    """One token has all or none of the mass: results are finite, and as near to fp64 as fp32 logits of 1e4 allow."""
     p = problem(MIXED, V=50, bias=True)
     p.bias[7] += size
     p.targets[::2] = 7

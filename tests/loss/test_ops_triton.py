@@ -1,4 +1,4 @@
-"""The Triton path of the operations: the same walk over the kernels, interpreted on a CPU, for real on CUDA."""
+"""The Triton path of the operations: the same walk over the kernels, interpreted on a CPU, compiled on CUDA."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fused_16_bit(dtype: torch.dtype, rows: int | None, device: torch.device
 
 @cases
 def test_agrees_with_the_torch_path(case: Problem, device: torch.device) -> None:
-    """But for the rewards: where log pi is near its reference, their few digits are either path's own."""
+    """Rewards are excepted: if log pi is near its reference, their few digits differ between the paths."""
     p = on(device, case)
     found, other = (run(fused_d2o_loss, p, backend=backend) for backend in ("triton", "torch"))
     names = [name for name in found if not name.endswith(("rewards", "margins"))]
@@ -63,7 +63,7 @@ def test_agrees_with_the_torch_path(case: Problem, device: torch.device) -> None
 
 
 def test_scoring_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a gradient the forward kernel runs, which holds no logits: no product of torch's may be called."""
+    """Without a gradient the forward kernel runs, which holds no logits: no product of torch may be called."""
     p = on(device, CASES["scale, bias and cap"])
     p.options["bias"] = p.bias
 
@@ -96,7 +96,7 @@ def test_linear_logprob_with_a_gradient(device: torch.device) -> None:
 
 
 def test_targets_outside_give_nan_without_a_fault(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU targets are not checked; both paths must agree on what a bad one does: NaN, and no other row touched."""
+    """On a GPU targets are not checked; on both paths a bad one must give NaN and leave other rows unchanged."""
     p = on(device, CASES["scale, bias and cap"])
     p.options.clear()
     p.targets[1] = 101

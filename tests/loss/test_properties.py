@@ -1,4 +1,4 @@
-"""The operations on drawn problems: against the reference in fp64, and against themselves where nothing may change.
+"""The operations on drawn problems: against the reference in fp64, and against themselves after neutral changes.
 
 Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt. *Rows*: tokens
 whose logits the workspace holds. The draws are the same on every run.
@@ -49,7 +49,7 @@ class Case:
         return self.rows * self.V * (8 if dtype == torch.float64 else 4)
 
 
-# From one pair of one token upwards; K up to 13, mixed within a batch.
+# At least one pair of one token; K up to 13, mixed within a batch.
 groups = st.lists(st.integers(1, 9), min_size=2, max_size=14)
 batches = st.lists(groups, min_size=1, max_size=4)
 coefficients = st.sampled_from([0.1, 0.0, 1.0, 0.7])
@@ -57,7 +57,7 @@ coefficients = st.sampled_from([0.1, 0.0, 1.0, 0.7])
 
 @st.composite
 def cases(draw: st.DrawFn, *, plain: bool = False) -> Case:
-    """``plain``: neither scale nor cap, everything trained."""
+    """A drawn case. ``plain``: neither scale nor cap, everything trained."""
     lengths = draw(batches)
     options: dict[str, Any] = {
         "alpha": draw(coefficients),
@@ -86,10 +86,10 @@ def cases(draw: st.DrawFn, *, plain: bool = False) -> Case:
 
 
 def terms(p: Problem, exact: Results) -> dict[str, tuple[float, float]]:
-    """For each result (largest, RMS) of the terms that it is a sum of: below it a relative error means nothing.
+    """(largest, RMS) of each result's summands: relative to a smaller result, an error means nothing.
 
-    A margin is a difference of rewards, a reward one of log-probabilities, and a gradient that the softmax cancels
-    (a vocabulary of one) one of numbers as large as a token's coefficient times a weight or a state.
+    A margin is a difference of rewards, and a reward is one of log-probabilities. A gradient that the softmax cancels
+    (a vocabulary of one) is a difference of numbers as large as a token's coefficient times a weight or a state.
     """
     options = {"alpha": 0.1, "beta": 0.1, "anchor_weight": 0.0, "logit_scale": 1.0} | p.options
     prompts = options.get("num_prompts") or p.layout.num_prompts
@@ -113,7 +113,7 @@ def terms(p: Problem, exact: Results) -> dict[str, tuple[float, float]]:
 
 
 def assert_near(found: Results, exact: Results, p: Problem, bound: float, gradients: float | None = None) -> None:
-    """Nothing missing, everything finite, (max, RMS) errors within ``bound`` (``gradients`` for those) of the terms."""
+    """Results must be complete and finite, with (max, RMS) errors within ``bound`` (or ``gradients``) of the terms."""
     assert found.keys() == exact.keys()
     sizes = terms(p, exact)
     for name, expected in exact.items():
@@ -139,7 +139,7 @@ def rms(x: torch.Tensor) -> float:
 @examples(120)
 @given(cases(), st.sampled_from([1.0, -0.7]))
 def test_fp64_is_the_reference(case: Case, upstream: float) -> None:
-    """The formulas, to the last digits: which prompts are staged and in what order they are added must not show."""
+    """Checks the formulas to the last digits: staging and the order of summation must not show."""
     p = case.build()
     exact = run(naive_d2o_loss, p, torch.float64, frozen=case.frozen, upstream=upstream)
     found = run(
@@ -161,7 +161,7 @@ def test_every_dtype_is_near_the_reference_and_repeats_its_bits(case: Case, dtyp
     found, again = (
         run(fused_d2o_loss, p, dtype, frozen=case.frozen, workspace_bytes=case.workspace()) for _ in range(2)
     )
-    # 16-bit gradients are rounded once for the products, once between two stages, and once when they are handed over.
+    # 16-bit gradients are rounded once for the products, once between two stages, and once when they are returned.
     assert_near(found, exact, p, 3e-6, {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[dtype])
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -170,7 +170,7 @@ def test_every_dtype_is_near_the_reference_and_repeats_its_bits(case: Case, dtyp
 @examples(12)
 @given(cases(), st.sampled_from([torch.float32, torch.float16]))
 def test_the_triton_path_is_near_the_reference(device: torch.device, case: Case, dtype: torch.dtype) -> None:
-    """Few and small: without a GPU the kernels are interpreted."""
+    """The problems are few and small, since the kernels are interpreted without a GPU."""
     case = replace(case, lengths=[group[:4] for group in case.lengths[:2]])
     case = replace(case, rows=min(case.rows, sum(map(sum, case.lengths))))
     p = case.build()
@@ -188,7 +188,7 @@ def test_the_triton_path_is_near_the_reference(device: torch.device, case: Case,
 @examples(60)
 @given(cases(plain=True), st.data())
 def test_linear_logprob_is_the_reference(case: Case, data: st.DataObject) -> None:
-    """Any upstream gradient, zeros and both signs among them."""
+    """Upstream gradients are arbitrary, including zeros and both signs."""
     p = case.build()
     N = p.layout.num_tokens
     scale, cap = data.draw(st.sampled_from([1.0, 0.3])), data.draw(st.sampled_from([None, 2.0]))
@@ -232,7 +232,7 @@ def test_any_workspace_gives_the_same_within_rounding(case: Case, data: st.DataO
 
 
 def reordered(p: Problem, order: list[list[int]]) -> tuple[Problem, torch.Tensor]:
-    """The problem whose prompt ``g`` has its responses ``order[g]`` (repetitions allowed), and the tokens it took."""
+    """The problem whose prompt ``g`` has the responses ``order[g]`` (repetitions allowed), and the tokens it uses."""
     lengths, tokens, responses = [], [], []
     for g, picked in enumerate(order):
         first = p.layout.cu_groups[g]
@@ -271,7 +271,7 @@ def assert_same(found: Results, expected: Results, p: Problem, bound: float = 1e
 @examples(50)
 @given(cases(), st.integers(2, 3))
 def test_duplicated_anchors_change_nothing(case: Case, times: int) -> None:
-    """The anchors' mean: K anchors ``times`` over are K anchors, and K identical ones are one."""
+    """The anchors are averaged: K anchors repeated ``times`` count as K, and K identical ones as one."""
     p = case.build()
     order = [[0, *list(range(1, len(group))) * times] for group in case.lengths]
     more, index = reordered(p, order)
@@ -287,7 +287,7 @@ def test_duplicated_anchors_change_nothing(case: Case, times: int) -> None:
 @examples(40)
 @given(cases(plain=True), st.sampled_from([1.0, -30.0, 1000.0]))
 def test_a_shift_of_all_logits_changes_nothing(case: Case, shift: float) -> None:
-    """Through the bias; and as nothing depends on the shift, dBias sums to zero."""
+    """The bias makes the shift; since nothing depends on it, dBias sums to zero."""
     p = replace(case, bias=True).build()
     workspace = case.workspace(torch.float64)
     expected = run(fused_d2o_loss, p, torch.float64, workspace_bytes=workspace)
@@ -300,7 +300,7 @@ def test_a_shift_of_all_logits_changes_nothing(case: Case, shift: float) -> None
 @examples(40)
 @given(cases(), st.data())
 def test_an_accumulated_batch_is_the_whole_batch(case: Case, data: st.DataObject) -> None:
-    """Prompts in several calls, each told the number of all prompts: losses and gradients add up to one call's."""
+    """Several calls, each with the number of all prompts, give losses and gradients that add up to one call's."""
     G = len(case.lengths)
     assume(G > 1)
     p = case.build()
@@ -364,7 +364,7 @@ def extreme_row(kind: str, V: int, target: int, masked: int) -> torch.Tensor:
 def test_extreme_logits(
     device: torch.device, drawn: tuple[list[str], int, int, int, int], backend: str, dtype: torch.dtype
 ) -> None:
-    """Finite and right: every logit is an exact number in fp32, the masked vocabulary a bias of -inf."""
+    """Results are finite and right: every logit is exact in fp32, and a bias of -inf masks the vocabulary."""
     kinds, V, target, masked, rows = drawn
     N = len(kinds)
     logits = torch.stack([extreme_row(kind, V, target, masked) for kind in kinds]).to(dtype).float()
@@ -380,7 +380,7 @@ def test_extreme_logits(
     found = {name: value.cpu().double() for name, value in found.items()}
     assert all(value.isfinite().all() for value in found.values())
     assert torch.allclose(found["logps"], exact["logps"], rtol=1e-6, atol=1e-6)
-    # 1e4 in fp32 is known to 1e-3, and so is a log-sum-exp near it.
+    # fp32 holds 1e4, and a log-sum-exp near it, to 1e-3.
     slack = 1e-3 + (0.0 if dtype == torch.float32 else 2**-7)
     coef = 0.1
     for name, unit in (("dweight", coef), ("dbias", coef * N)):
@@ -424,7 +424,7 @@ def test_a_prompt_without_anchors_or_responses_is_refused_by_number(
     [
         ([0, 2, 5], [0], "cu_groups must start at 0 and describe at least one entry"),  # no prompt
         ([], [], "cu_seqlens must start at 0"),
-        ([1, 2, 5], [0, 2], "cu_seqlens must start at 0"),  # lengths in place of offsets, most likely
+        ([1, 2, 5], [0, 2], "cu_seqlens must start at 0"),  # probably lengths instead of offsets
         ([0, 5, 2], [0, 2], "response 1 has -3 tokens"),
         ([0, 2, 5, 6], [0, 2], "cu_groups ends at 2 but cu_seqlens describes 3 responses"),
         ([0, 2, 5], [0, 3], "cu_groups ends at 3 but cu_seqlens describes 2 responses"),

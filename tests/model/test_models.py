@@ -119,7 +119,7 @@ def test_packing_refuses_what_cannot_be_scored() -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_positions_that_depend_on_the_longest_row_are_refused(kind: str) -> None:
-    """Past the original length, a response's log-probability would depend on the prompts beside it."""
+    """Past the original length, a response's log-probability would depend on the other prompts of its batch."""
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
