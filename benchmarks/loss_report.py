@@ -82,7 +82,7 @@ def ranking(group: Sequence[Row]) -> list[Row]:
 
 
 def wrong(rows: Sequence[Row]) -> list[str]:
-    """Our providers that failed or are out of their error bound; the filter may be out of it."""
+    """Our providers that failed or are out of their error bound; the one with the filter is exempt."""
     bad = (row["provider"] for row in rows if row["status"] in ("failed", "out of bound"))
     return sorted({name for name in bad if name.startswith("ours") and name != "ours-filtered"})
 

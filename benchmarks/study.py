@@ -229,7 +229,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Half the width of the mean's 95% interval; empty for fewer than three values, where it would mean little."""
+    """Half the width of the mean's 95% interval; empty for fewer than three values."""
     if len(values) < 3:
         return ""
     return f" ± {STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.1f}"

@@ -47,7 +47,7 @@ def examples_with_anchors(n: int) -> list[Example]:
     return tokenize_rows(rows, tiny_tokenizer(), CONFIG)
 
 
-# --- What is in it ---
+# --- Contents ---
 
 
 def test_scores_are_the_models_own_log_probabilities(tmp_path):
@@ -387,7 +387,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(tmp_path):
     expected = contents(tmp_path / "whole")
     assert {"manifest.json", "shard-00000.parquet", "shard-00001.parquet.sha256"} <= set(expected)
     assert contents(build(tmp_path / "here", tiny_rows(6)).folder) == expected, "the same bits in any process"
-    # Manifest, then two shards of: sample, score, digest and shard, each of which is synced, renamed, folder synced.
+    # The manifest, then sample, score, digest and shard, twice. A file takes three steps: sync, rename, folder sync.
     assert steps == 3 + 2 * (2 + 2 * 3)
     for die_at in range(1, steps + 1):
         folder = tmp_path / f"killed-{die_at}"

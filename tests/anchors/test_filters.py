@@ -232,7 +232,7 @@ LOSING = replace(CONFIG, anchor_score="anchor_scores:not_bake", min_anchor_score
 
 
 def ending_model() -> Any:
-    """A model of which some responses end at once and some never: EOS has about a fifth of the mass everywhere."""
+    """A model whose responses end at once or late or never: EOS has about a fifth of the mass everywhere."""
     model = tiny_model()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(160))
     with torch.no_grad():

@@ -217,7 +217,7 @@ def test_linear_logprob_is_the_reference(case: Case, data: st.DataObject) -> Non
         assert largest(found[name] - expected) <= 1e-12 * size, name
 
 
-# --------------------------------------------------------------------------------------- where nothing may change
+# --------------------------------------------------------------------------------------- changes without an effect
 
 
 @examples(50)
