@@ -1,4 +1,4 @@
-"""What the kernels share: from raw product to logit, and which tile table a device reads.
+"""Parts that the kernels share: from raw product to logit, and the tile table of a device.
 
 Shapes: N response tokens, V vocabulary, H hidden.
 
@@ -79,7 +79,7 @@ def check_device(*tensors: torch.Tensor | None) -> None:
 
 
 def check_softcap(softcap: float | None) -> float:
-    """The kernels' SOFTCAP: 0.0 stands for none.
+    """The kernels' SOFTCAP: 0.0 means none.
 
     Raises:
         ValueError: a softcap that is not positive.
@@ -95,7 +95,7 @@ def check_softcap(softcap: float | None) -> float:
 def architecture(device: torch.device) -> str:
     """The row of a tile table that ``device`` reads.
 
-    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` stands for every NVIDIA chip
+    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` covers every NVIDIA chip
     whose blocks have less than 163 KiB of shared memory: sm_86, sm_89, sm_120.
     """
     if device.type != "cuda":

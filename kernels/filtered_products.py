@@ -34,7 +34,8 @@ class ProductTile(NamedTuple):
     num_stages: int
 
 
-# One configuration per architecture, product and kind of operands (see product_kind). No spills: tests/test_codegen.py.
+# One configuration per architecture, product and kind of operands (see product_kind), without spills:
+# tests/kernels/test_codegen.py.
 # dhidden's loop reads the list of columns before the rows that it names, which takes two of the stages.
 DHIDDEN_TILES: dict[tuple[str, str], ProductTile] = {
     ("sm_80", "16-bit"): ProductTile(128, 128, 64, 8, 5),
@@ -128,8 +129,8 @@ def list_columns_kernel(flags_ptr, places_ptr, columns_ptr, V, BLOCK_V: tl.const
 
 
 # One program, one row. columns[j] >= j, so a block's gradients come from its own place or from further right: the walk
-# goes from left to right, and a barrier stands between the reads of a block and its writes. Up to ZEROS columns past
-# the last are cleared, so that the products may read a whole block there.
+# goes from left to right, and a barrier separates the reads of a block from its writes. Up to ZEROS columns past the
+# last are cleared, so that the products may read a whole block there.
 @triton.jit
 def pack_rows_kernel(grad_ptr, columns_ptr, kept_ptr, V, stride_gn, BLOCK_V: tl.constexpr, ZEROS: tl.constexpr):
     kept = tl.load(kept_ptr)
@@ -193,7 +194,7 @@ def dhidden_kernel(
 
 
 # Vector-Jacobian product of product = hidden @ weight.T by weight: dweight = grad.T @ hidden, here the kept rows of it.
-# Lanes past the last kept column multiply what lies there, and store nothing.
+# Lanes past the last kept column compute on arbitrary values; their results are masked out.
 @triton.jit
 def dweight_kernel(
     grad_ptr,  # (n, M) packed

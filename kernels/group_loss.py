@@ -70,7 +70,7 @@ def group_loss_kernel(
     tl.store(rejected_ptr + g, rejected.to(tl.float32))
     tl.store(margins_ptr + g, z.to(tl.float32))
 
-    # exp of a number that is never positive: neither overflows, whatever z is.
+    # exp of a number that is never positive: neither overflows for any z.
     small = tl.exp(-tl.abs(z))
     softplus = tl.maximum(-z, 0.0) + tl.log(1.0 + small)
     sigmoid = tl.where(z > 0, small, 1.0) / (1.0 + small)  # sigmoid(-z)

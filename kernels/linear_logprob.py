@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     group_n: int = 12
 
 
-# One configuration per architecture and kind of operands (see tile_kind). No spills: tests/test_codegen.py.
+# One configuration per architecture and kind of operands (see tile_kind). No spills: tests/kernels/test_codegen.py.
 TILES: dict[tuple[str, str], Tile] = {
     ("sm_80", "16-bit"): Tile(128, 128, 64, 8, 3),
     ("sm_80", "16-bit capped"): Tile(128, 128, 64, 8, 3),
@@ -130,7 +130,7 @@ def add_tile(
     logits = tl.where(in_tile[None, :], logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, axis=1))
     row_sum = row_sum * exp(row_max - new_max) + tl.sum(exp(logits - new_max[:, None]), axis=1)
-    # In 32 bits, since every element is compared. What a target outside the vocabulary wraps to does not matter: the
+    # In 32 bits, since every element is compared. A target outside the vocabulary may wrap to any value: the
     # combination of the splits makes its row NaN.
     target_lane = (targets - start).to(tl.int32)
     target_logit += tl.sum(tl.where(lanes[None, :] == target_lane[:, None], logits, 0.0), axis=1)
@@ -152,7 +152,7 @@ def store_partial(partial_ptr, row_max, row_sum, target_logit, n_tile, split, N,
 # over H are one loop: while the statistics of a tile are taken, the first blocks of the next are already on their way.
 @triton.jit
 def linear_logprob_tma_kernel(
-    hidden_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H); what lies outside reads as zero
+    hidden_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H); elements outside read as zero
     weight_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)
     bias_ptr,
     targets_ptr,

@@ -24,7 +24,7 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-# One configuration per architecture and kernel. No spills: tests/test_codegen.py.
+# One configuration per architecture and kernel. No spills: tests/kernels/test_codegen.py.
 ROW_TILES: dict[tuple[str, str], RowTile] = {
     ("sm_80", "stats"): RowTile(4096, 8),
     ("sm_80", "grad"): RowTile(4096, 8),
@@ -98,8 +98,8 @@ def logit_stats_kernel(
 #     dL/dproduct[v] = dL/dlogit[v] * LOGIT_SCALE * (1 - tanh(x[v] / SOFTCAP)^2)        the square only with a softcap
 #
 # The result takes the place of the products. If it is half as wide, element j lies at byte 2j of the row, on product
-# j/2, which was read with this block or an earlier one: the walk goes from left to right, and a barrier stands between
-# the reads of a block and its writes, so that no thread writes over what another has still to read.
+# j/2, which was read with this block or an earlier one: the walk goes from left to right, and a barrier separates
+# the reads of a block from its writes, so that no thread overwrites an element that another has still to read.
 @triton.jit
 def logit_grad_kernel(
     logits_ptr,

@@ -1,4 +1,4 @@
-"""What an engine computes: chunks of tokens, their log-probabilities and their gradient.
+"""The interface of an engine: chunks of tokens, their log-probabilities and their gradient.
 
 Shapes: N response tokens, n tokens of a chunk, V vocabulary, H hidden.
 """
@@ -31,7 +31,7 @@ class Head:
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
+    """The gradients that the caller asked for."""
 
     hidden: bool
     weight: bool
@@ -39,7 +39,7 @@ class Needs(NamedTuple):
 
 
 class Totals:
-    """What is summed over tokens: dWeight (V, H) and dBias (V,); None where nobody asked.
+    """The sums over tokens: dWeight (V, H) and dBias (V,); None if not asked for.
 
     Wide, since they are summed over chunks; in the parameter's own dtype where one chunk is all there is.
     """
@@ -164,7 +164,7 @@ class Engine(ABC):
     def gradient(
         self, stats: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(dhidden (N, H), dweight (V, H), dbias (V,)) for ``score``'s stats and dL/dlogp (N,), logits anew;
+        """(dhidden (N, H), dweight (V, H), dbias (V,)) for ``score``'s stats and dL/dlogp (N,), with new logits;
         each in its parameter's dtype, None where it is not needed."""
 
 

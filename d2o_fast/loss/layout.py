@@ -1,4 +1,4 @@
-"""Where each response lies in the packed batch.
+"""The position of each response in the packed batch.
 
 Shapes: N response tokens in the batch, S responses, G prompts (groups), K anchors of one prompt.
 Responses are packed back to back without padding; prompt ``g`` owns the responses ``cu_groups[g] .. cu_groups[g+1]``,

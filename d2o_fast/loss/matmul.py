@@ -1,4 +1,4 @@
-"""Matrix products with fp32 results whatever the operands (fp64 for fp64), and in no lower precision than asked for.
+"""Matrix products with fp32 results for any operands (fp64 for fp64), in no lower precision than asked for.
 
 *Operand dtype*: that of ``hidden``; *wide*: fp32, or fp64 for fp64.
 

@@ -50,7 +50,7 @@ def linear_logprob(
     """log softmax(logits)[target] of each token, (N,) fp32 (fp64 for fp64 ``hidden``), in nats; differentiable.
 
     ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``; ``logits = x``
-    without a softcap. Logits are fp32 whatever the input. The forward keeps one number per token; the backward
+    without a softcap. Logits are fp32 for any input. The forward keeps one number per token; the backward
     computes the logits again, in chunks. ``torch.compile`` breaks its graph here.
 
     Args:

@@ -104,7 +104,7 @@ def d2o_loss(
 ) -> D2OOutput:
     """D2O from sequence log-probabilities ``logps`` (S,); pure, differentiable in them.
 
-    The other arguments are those of ``fused_d2o_loss``.
+    The other arguments are as in ``fused_d2o_loss``.
     """
     return margin_loss(logps, ref_logps, layout, Margin(alpha, beta, anchor_weight), num_prompts=num_prompts)
 
@@ -151,7 +151,7 @@ def naive_d2o_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> D2OOutput:
-    """What ``fused_d2o_loss`` computes, by way of the full logits."""
+    """The result of ``fused_d2o_loss``, computed from the full logits."""
     token_logps = naive_linear_logprob(hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale)
     return d2o_loss(
         sequence_logps(token_logps, layout),

@@ -2,7 +2,7 @@
 
 Shapes: n tokens of a chunk, V vocabulary, v a block of it, H hidden, S responses, G prompts. *Wide*: fp32, or fp64.
 
-A chunk's logits lie transposed, (V, n): a block of the vocabulary is one piece of memory, small enough to stay in a
+A chunk's logits are transposed, (V, n): a block of the vocabulary is one piece of memory, small enough to stay in a
 CPU's cache from the product through all the passes over it. The forward replaces each logit by exp(logit - m), m the
 row's maximum up to its block, so that the backward needs no second exponential: with m_b that of block b
 

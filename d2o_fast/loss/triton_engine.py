@@ -1,4 +1,4 @@
-"""The Triton path: a chunk's logits by the vendor's product, statistics and gradient by kernels where the logits lie.
+"""The Triton path: the vendor's product makes a chunk's logits, kernels make statistics and gradient in place.
 
 Shapes: N response tokens, n those of a chunk, V vocabulary, H hidden.
 

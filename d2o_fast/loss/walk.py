@@ -111,8 +111,8 @@ class MarginWalk:
         """One prompt whose logits exceed the workspace; returns the second buffer if one was needed.
 
         A section without a share in ``w`` has a known coefficient and goes straight into ``totals``. The others are
-        summed with their ``r``, the anchors first, and then stand for ``w + l`` times themselves, ``l = q / r``. Where
-        the two have different ``l``, ``totals`` gains the difference times what the anchors alone have summed.
+        accumulated with weight ``r``, the anchors first, and scaled by ``w + l`` at the end, where ``l = q / r``. If
+        the two have different ``l``, ``totals`` gains the difference times the sum of the anchors alone.
         """
         known, gated = self._sections(g)
         start, end = self.layout.token_range(g)
