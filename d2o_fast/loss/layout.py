@@ -1,8 +1,8 @@
-"""The position of each response in the packed batch.
+"""The positions of prompts and responses in a packed batch.
 
 Shapes: N response tokens in the batch, S responses, G prompts (groups), K anchors of one prompt.
-Responses are packed back to back without padding; prompt ``g`` owns the responses ``cu_groups[g] .. cu_groups[g+1]``,
-the negative first, then its anchors.
+Responses are packed back to back without padding. Prompt ``g`` owns the responses from ``cu_groups[g]`` up to, not
+including, ``cu_groups[g+1]``: the negative first, then its anchors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class ResponseLayout:
         cu_seqlens: S + 1 offsets into the N packed tokens, starting at 0 and strictly increasing (as in
             FlashAttention's varlen calls). A sequence of ints or an integer tensor on the CPU.
         cu_groups: G + 1 offsets into the S responses, starting at 0.
-        min_anchors: fewest anchors of a prompt: 1 for D2O; 0 lets NPO and gradient ascent have negatives alone.
+        min_anchors: fewest anchors of a prompt: 1 for D2O; 0 for NPO and gradient ascent, which use negatives alone.
 
     Raises:
-        TypeError: offsets that live on a device; reading them would force a synchronisation.
+        TypeError: offsets on a device; reading them would force a synchronisation.
         ValueError: offsets that are not increasing from 0, an empty response, a prompt without an anchor, no prompt.
     """
 
@@ -63,7 +63,7 @@ class ResponseLayout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], *, min_anchors: int = 1) -> ResponseLayout:
-        """``lengths[g] = [negative, anchor_1, .. anchor_K]``: tokens of each response of prompt ``g``."""
+        """The layout for ``lengths[g] = [negative, anchor_1, .. anchor_K]``, the tokens of prompt ``g``'s responses."""
         cu_seqlens, cu_groups = [0], [0]
         for group in lengths:
             for length in group:
@@ -92,11 +92,11 @@ class ResponseLayout:
         return tuple(b - a - 1 for a, b in zip(self.cu_groups, self.cu_groups[1:], strict=False))
 
     def token_range(self, g: int) -> tuple[int, int]:
-        """First and past-the-last packed token of prompt ``g``."""
+        """(first packed token of prompt ``g``, one past its last)."""
         return self.cu_seqlens[self.cu_groups[g]], self.cu_seqlens[self.cu_groups[g + 1]]
 
     def tensor(self, name: str, device: torch.device | str) -> torch.Tensor:
-        """One of the index tensors below on ``device``, made once per device and copied without a synchronisation.
+        """An index tensor on ``device``, made once per device and copied without a synchronisation.
 
         ``cu_seqlens`` (S+1,) int32; ``cu_groups`` (G+1,) int32; ``token_response`` (N,) int64: the response of each
         token; ``response_group`` (S,) int64: the prompt of each response; ``is_negative`` (S,) bool;
@@ -128,7 +128,7 @@ class ResponseLayout:
 
 
 def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``host`` on ``device``; to CUDA from pinned memory, without waiting."""
+    """``host`` on ``device``. The copy to CUDA starts from pinned memory and is not waited for."""
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

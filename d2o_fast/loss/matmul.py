@@ -1,10 +1,10 @@
-"""Matrix products with fp32 results for any operands (fp64 for fp64), in no lower precision than asked for.
+"""Matrix products that sum in fp32 (fp64 for fp64), for operands of any floating dtype.
 
 *Operand dtype*: that of ``hidden``; *wide*: fp32, or fp64 for fp64.
 
-A GPU multiplies 16-bit operands to fp32 results. On a CPU torch has no such product. There 16-bit operands are
-widened, the weight block by block, and where they are bf16, oneDNN may round them to bf16 again if it multiplies that
-faster: exact, since the numbers were bf16 to begin with, and summed in fp32.
+A GPU multiplies 16-bit operands to fp32 results. torch has no such product on a CPU, so 16-bit operands are widened
+there, the weight block by block. oneDNN may round widened bf16 operands to bf16 again if it multiplies bf16 faster.
+That is exact, since the numbers were bf16 before, and the sums are fp32.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def exact_products(device: torch.device, operand: torch.dtype) -> Iterator[None]:
-    """fp32 products are IEEE fp32 whatever the user allowed elsewhere; on a CPU, widened bf16 may be multiplied as
-    bf16.
+    """Makes fp32 products IEEE fp32 inside the block. On a CPU widened bf16 may be multiplied as bf16.
 
-    Sets torch's global fp32 matmul precision for the device and puts it back, also after an error. Autocast is off
-    inside: it would choose other operands.
+    Sets torch's global fp32 matmul precision for the device and restores it, also after an error. Turns autocast off,
+    which would change the operands' dtype.
     """
     vendor: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
     backend = vendor.matmul
@@ -41,16 +40,18 @@ def exact_products(device: torch.device, operand: torch.dtype) -> Iterator[None]
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether this device has bf16 products of its own. A CPU without them emulates them, far slower than fp32."""
+    """Whether the device multiplies bf16 natively. A CPU that does not emulates it, far slower than fp32."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool = False) -> torch.Tensor:
-    """``out = left @ right``, or ``out += left @ right``; sums in fp32 (fp64), rounded once to ``out``'s dtype.
+    """``out = left @ right``, or ``out += left @ right`` if ``add``; returns ``out``.
+
+    Sums are fp32 (fp64 for fp64) and rounded once to ``out``'s dtype.
 
     Args:
-        out: (m, n) wide or of the operands' dtype; wide if ``add``, and for operands of two dtypes.
-        left, right: (m, k) and (k, n) in the operand dtype, or wide where a CPU has widened them.
+        out: (m, n), wide or in the operands' dtype; wide if ``add`` or if the operands have two dtypes.
+        left, right: (m, k) and (k, n) in the operand dtype, or wide if widened for a CPU.
     """
     if not left.dtype == right.dtype == out.dtype:
         if out.device.type != "cpu" and left.dtype == right.dtype:

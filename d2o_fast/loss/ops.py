@@ -3,14 +3,19 @@
 Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 
 ``fused_d2o_loss`` computes its gradient together with the loss, in one pass (``loss/walk.py``): three N x H x V
-products with a trainable head, two with a frozen one, one where nothing needs a gradient. ``linear_logprob`` takes
-any upstream gradient and computes the logits a second time for it.
+products with a trainable head, two with a frozen one, one if no gradient is needed. ``linear_logprob`` takes any
+upstream gradient and computes the logits a second time for it.
 
-Memory beyond inputs and returned gradients: ``workspace_bytes`` of logits; one fp32 accumulator of the weight's size
-when the weight itself is trained in a 16-bit dtype and the batch does not fit one workspace; a second one when several
-prompts of the batch exceed the workspace (or one does, and the anchors' and the negative's ungated shares differ); for
-such a prompt, fp32 dHidden of its tokens; on a CPU, fp32 copies of 16-bit ``hidden`` and of its gradient; with a 16-bit
-``hidden`` on a GPU and an fp32 ``weight``, a 16-bit copy of the weight.
+Memory beyond inputs and returned gradients:
+
+- ``workspace_bytes`` of logits;
+- an fp32 accumulator of the weight's size, if the weight is trained in a 16-bit dtype and the batch does not fit one
+  workspace;
+- a second one, if several prompts exceed the workspace, or if one does and the ungated shares of its anchors and its
+  negative differ;
+- fp32 dHidden of the tokens of such a prompt;
+- on a CPU, fp32 copies of 16-bit ``hidden`` and of its gradient;
+- on a GPU, a 16-bit copy of an fp32 ``weight`` beside a 16-bit ``hidden``.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from d2o_fast.loss.reference import D2OOutput, Margin
 from d2o_fast.loss.torch_engine import TorchEngine
 from d2o_fast.loss.walk import MarginWalk
 
-#: Default ``workspace_bytes`` by device type. A GPU's holds 12 responses of 128 tokens at V = 128256 whole; a CPU's
-#: gives chunks of some hundred tokens, past which its products grow no faster.
+#: Default ``workspace_bytes`` by device type. The GPU's holds 12 responses of 128 tokens at V = 128256. The CPU's gives
+#: chunks of some hundred tokens; larger chunks make its products no faster.
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 768 << 20}
 
 
@@ -50,19 +55,19 @@ def linear_logprob(
     """log softmax(logits)[target] of each token, (N,) fp32 (fp64 for fp64 ``hidden``), in nats; differentiable.
 
     ``logits = softcap * tanh(x / softcap)`` with ``x = logit_scale * (hidden @ weight.T + bias)``; ``logits = x``
-    without a softcap. Logits are fp32 for any input. The forward keeps one number per token; the backward
+    without a softcap. Logits are fp32 or fp64 like the result. The forward keeps two numbers per token; the backward
     computes the logits again, in chunks. ``torch.compile`` breaks its graph here.
 
     Args:
-        hidden: (N, H) fp32, bf16, fp16 or fp64, any strides. Products take their operands in this dtype.
+        hidden: (N, H) fp32, bf16, fp16 or fp64, any strides. Products have operands of this dtype.
         weight: (V, H) the head, in ``hidden``'s dtype or an fp32 master. Its gradient has its own dtype.
-        targets: (N,) int64 or int32 in [0, V). Checked on a CPU; on a GPU a check would wait for the device, and a
-            target outside gives NaN.
-        bias: (V,) of the head. -inf takes a token out of the vocabulary, unless a softcap makes it finite again.
+        targets: (N,) int64 or int32 in [0, V). They are checked on a CPU. On a GPU a check would wait for the device;
+            a target outside gives NaN.
+        bias: (V,) of the head. -inf removes a token from the vocabulary, unless a softcap makes its logit finite.
         softcap: tanh cap of the logits (Gemma 2), > 0.
         logit_scale: factor on the logits before the cap (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
         backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
-        workspace_bytes: most bytes of fp32 logits in memory at a time; default 256 MiB on a CPU, 768 MiB on a GPU.
+        workspace_bytes: most bytes of logits in memory at a time; default 256 MiB on a CPU, 768 MiB on a GPU.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
@@ -96,26 +101,26 @@ def fused_d2o_loss(
     """D2O (arXiv 2403.03419, Eq. 3) of a packed batch, averaged over prompts, and its gradient in the same pass.
 
     Per prompt ``L = -log sigmoid(z) - anchor_weight * mean_i D(y_i)`` with ``z = (beta/K) sum_i D(y_i) - alpha *
-    D(y_l)`` and ``D(y) = log pi(y) - ref``. Gradients go to ``hidden``, ``weight`` and ``bias``, each in its dtype,
-    as far as they require one; under ``torch.no_grad`` the batch is only scored. References are constants. The
-    gradient of a gradient (``create_graph=True``) is refused. ``torch.compile`` breaks its graph here.
+    D(y_l)`` and ``D(y) = log pi(y) - ref``. ``hidden``, ``weight`` and ``bias`` get a gradient in their own dtype if
+    they require one. Under ``torch.no_grad`` the batch is only scored. References are constants. A second derivative
+    (``create_graph=True``) raises. ``torch.compile`` breaks its graph here.
 
     Args:
         hidden, weight, targets, bias, softcap, logit_scale, backend, workspace_bytes: as for ``linear_logprob``.
-            ``hidden`` (N, H) holds the state that predicts each response token, responses back to back.
-        layout: which tokens belong to which response of which prompt, each prompt's negative first.
-        ref_logps: (S,) log ref+(y) of a negative, log ref-(y) of an anchor, summed over the response.
+            Row n of ``hidden`` (N, H) is the state that predicts response token n; responses are back to back.
+        layout: the tokens of each response and the responses of each prompt, its negative first.
+        ref_logps: (S,) log ref+(y) for a negative, log ref-(y) for an anchor, summed over the response.
         alpha, beta: weights of the negative and of the anchors.
-        anchor_weight: lambda of the ungated anchor term (ours; 0 is the paper).
+        anchor_weight: weight of the ungated anchor term, which is ours; 0 is the paper's loss.
         num_prompts: the mean's denominator: G, or all prompts of the accumulated batch.
-        grad_filter_eps: None computes the gradient exactly. Otherwise, and with the Triton kernels alone, a vocabulary
-            column of a chunk's E takes part in no product if every entry is at most ``eps * |c_n|``, ``c_n`` the
-            derivative of the loss by the token's log-probability: entry by entry, dHidden of token n is then off by at
-            most ``eps * |c_n| * sum_v |weight_v|`` over the columns left out, and a row of dWeight that is left out by
-            at most ``eps * sum_n |c_n| |hidden_n|``. The loss, and dBias, are exact all the same.
+        grad_filter_eps: None computes the gradient exactly. A number, for the Triton kernels only, omits a vocabulary
+            column of a chunk's E from the products if every entry is at most ``eps * |c_n|``; ``c_n`` is the
+            derivative of the loss by token n's log-probability. Elementwise, dHidden of token n is then off by at most
+            ``eps * |c_n| * sum_v |weight_v|`` over the omitted columns v, and an omitted row of dWeight by at most
+            ``eps * sum_n |c_n| |hidden_n|``. The loss and dBias stay exact.
 
     Returns:
-        ``D2OOutput``: the loss with the gradient; detached sums and rewards; which path ran.
+        ``D2OOutput``: the loss, which carries the gradient; detached sums and rewards; the name of the path.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a weight sharded over ranks, a backend that cannot run here.
@@ -154,15 +159,17 @@ def fused_margin_loss(
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> D2OOutput:
-    """Any loss of one margin per prompt in one pass, as ``fused_d2o_loss``: ``Margin.dpo(beta)`` for pairs,
-    ``Margin.npo(beta)`` and ``Margin.gradient_ascent()`` for negatives alone (a layout with ``min_anchors=0``).
+    """Any loss of one margin per prompt, in one pass like ``fused_d2o_loss``.
+
+    ``Margin.dpo(beta)`` takes pairs. ``Margin.npo(beta)`` and ``Margin.gradient_ascent()`` take negatives alone, in a
+    layout with ``min_anchors=0``.
 
     Args:
         margin: the loss; see ``Margin`` for its formula.
         hidden, weight, ...: as for ``fused_d2o_loss``.
 
     Raises:
-        TypeError, ValueError: as ``fused_d2o_loss``; anchors weighed where a prompt has none.
+        TypeError, ValueError: as for ``fused_d2o_loss``; a prompt without anchors if the loss weighs anchors.
     """
     head = Head(weight, bias, softcap, float(logit_scale))
     _check(hidden, head, targets)
@@ -245,7 +252,7 @@ class _FusedMarginLoss(torch.autograd.Function):
                 ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
             else:
                 walk.loss()
-        products = hidden.shape[0] * weight.shape[0] if any(needs) else 0  # without a gradient nothing is left out
+        products = hidden.shape[0] * weight.shape[0] if any(needs) else 0  # no gradient: no products to skip
         skipped = (products - engine.kept).to(walk.losses.dtype) / max(1, products)
         results = (walk.logps, walk.chosen, walk.rejected, walk.margins, skipped)
         ctx.mark_non_differentiable(*results)
@@ -254,7 +261,7 @@ class _FusedMarginLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward("the fused loss")
-        # The stored gradients are this node's own: they are scaled in place unless the graph is kept for another
+        # Only this node holds the stored gradients. They are scaled in place unless the graph is kept for another
         # backward.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = [
@@ -265,7 +272,7 @@ class _FusedMarginLoss(torch.autograd.Function):
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
-    """``factor * grad`` in ``dtype``. On a GPU the factor is never read on the host."""
+    """``factor * grad`` in ``dtype``; may overwrite ``grad`` unless ``keep``. The host reads no factor on a GPU."""
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return grad.clone() if keep and grad.dtype == dtype else grad.to(dtype)
     if keep:
@@ -274,15 +281,15 @@ def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, keep: 
 
 
 def _refuse_double_backward(name: str) -> None:
-    if torch.is_grad_enabled():  # autograd turns it on inside a backward that was asked to create a graph
+    if torch.is_grad_enabled():  # autograd enables it inside a backward with create_graph=True
         raise RuntimeError(f"{name} cannot be differentiated twice: call backward or grad without create_graph=True")
 
 
 def choose_engine(backend: str, hidden: torch.Tensor) -> type[Engine]:
-    """The engine that ``backend`` names: "auto" is Triton for fp32, bf16 and fp16 on a GPU, and torch for all else.
+    """The engine that ``backend`` names. "auto" is Triton for fp32, bf16 and fp16 on a GPU, torch otherwise.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for where it cannot run.
+        ValueError: an unknown name, or "triton" on tensors that Triton cannot serve.
         ImportError: Triton cannot be loaded.
     """
     if backend not in ("auto", "torch", "triton"):
@@ -309,7 +316,7 @@ def choose_engine(backend: str, hidden: torch.Tensor) -> type[Engine]:
 def _check_prompts(
     hidden: torch.Tensor, layout: ResponseLayout, ref_logps: torch.Tensor, margin: Margin, num_prompts: int | None
 ) -> int:
-    """Everything about prompts and coefficients; returns the mean's denominator."""
+    """Checks layout, references and coefficients; returns the mean's denominator."""
     if not isinstance(layout, ResponseLayout):
         raise TypeError(f"layout must be a ResponseLayout, not {type(layout).__name__}")
     if layout.num_tokens != hidden.shape[0]:
@@ -375,7 +382,7 @@ def _check_targets(targets: torch.Tensor, V: int) -> None:
 
 
 def _check_plain(**tensors: torch.Tensor | None) -> None:
-    """Ordinary tensors on one device; floating point but for the targets."""
+    """Checks that all are plain tensors on one device, floating point except the targets."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in present.items():
         if not isinstance(tensor, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The specification: D2O in plain torch, with nothing clever in it. Everything fast is tested against this file.
+"""The specification: D2O in plain torch, without optimisations. The fast paths are tested against this file.
 
 Shapes: N response tokens, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 
@@ -28,12 +28,12 @@ class D2OOutput(NamedTuple):
     chosen_rewards: torch.Tensor  #: (G,) beta * mean over the anchors of [log pi - log ref-]
     rejected_rewards: torch.Tensor  #: (G,) alpha * [log pi - log ref+] of the negative
     margins: torch.Tensor  #: (G,) z = chosen_rewards - rejected_rewards
-    path: str = "reference"  #: what computed it: "torch", "triton", or this file
+    path: str = "reference"  #: the path that computed it: "torch", "triton", or this file
     skipped: torch.Tensor | None = None  #: () share of the gradient's products that ``grad_filter_eps`` left out
 
 
 class Margin(NamedTuple):
-    """A loss of one margin z per prompt, all of whose token coefficients are known up to sigmoid(-z).
+    """A loss of one margin z per prompt. Its token coefficients are known but for sigmoid(-z).
 
     With D(y) = log pi(y) - ref(y), and A the mean of D over a prompt's K anchors (0 if it has none)::
 
@@ -49,17 +49,17 @@ class Margin(NamedTuple):
 
     @classmethod
     def dpo(cls, beta: float) -> Margin:
-        """DPO (arXiv 2305.18290, Eq. 7) of pairs: the rejected response, then the chosen one as the only anchor."""
+        """DPO (arXiv 2305.18290, Eq. 7) of pairs: the rejected response is the negative, the chosen one the anchor."""
         return cls(alpha=beta, beta=beta)
 
     @classmethod
     def npo(cls, beta: float) -> Margin:
-        """NPO (arXiv 2404.05868, Eq. 3): negatives alone."""
+        """NPO (arXiv 2404.05868, Eq. 3), on negatives alone."""
         return cls(alpha=beta, beta=0.0, gate=2.0 / beta)
 
     @classmethod
     def gradient_ascent(cls) -> Margin:
-        """The negatives' log-probability itself, which descent pushes down without a bound."""
+        """Gradient ascent: the loss is the negatives' log-ratio, which descent lowers without a bound."""
         return cls(alpha=0.0, beta=0.0, negative_weight=1.0, gate=0.0)
 
 
@@ -74,8 +74,8 @@ def naive_linear_logprob(
 ) -> torch.Tensor:
     """log softmax(logits)[target] for each token, (N,), from full logits; arguments as for ``linear_logprob``.
 
-    The product is taken in the dtype of ``hidden`` and the softmax in fp32 (fp64 for fp64). Bias, scale and cap have
-    the order of transformers' heads: Cohere multiplies the head's output by ``logit_scale``, Granite divides it by
+    The product has the dtype of ``hidden``, the softmax fp32 (fp64 for fp64). Bias, scale and cap are applied in the
+    order of transformers' heads: Cohere multiplies the head's output by ``logit_scale``, Granite divides it by
     ``logits_scaling``, Gemma 2 caps it.
     """
     logits = (hidden @ weight.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -102,9 +102,9 @@ def d2o_loss(
     anchor_weight: float = 0.0,
     num_prompts: int | None = None,
 ) -> D2OOutput:
-    """D2O from sequence log-probabilities ``logps`` (S,); pure, differentiable in them.
+    """D2O from sequence log-probabilities ``logps`` (S,); pure, differentiable in ``logps``.
 
-    The other arguments are as in ``fused_d2o_loss``.
+    Other arguments are as for ``fused_d2o_loss``.
     """
     return margin_loss(logps, ref_logps, layout, Margin(alpha, beta, anchor_weight), num_prompts=num_prompts)
 
@@ -151,7 +151,7 @@ def naive_d2o_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> D2OOutput:
-    """The result of ``fused_d2o_loss``, computed from the full logits."""
+    """Computes the result of ``fused_d2o_loss`` from full logits."""
     token_logps = naive_linear_logprob(hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale)
     return d2o_loss(
         sequence_logps(token_logps, layout),

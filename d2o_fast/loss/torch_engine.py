@@ -1,15 +1,15 @@
-"""The torch path: chunks of tokens in plain torch, block by block of the vocabulary. Made for a CPU; runs anywhere.
+"""The torch path: chunks of tokens in plain torch, by blocks of the vocabulary. It is made for a CPU and runs anywhere.
 
 Shapes: n tokens of a chunk, V vocabulary, v a block of it, H hidden, S responses, G prompts. *Wide*: fp32, or fp64.
 
-A chunk's logits are transposed, (V, n): a block of the vocabulary is one piece of memory, small enough to stay in a
-CPU's cache from the product through all the passes over it. The forward replaces each logit by exp(logit - m), m the
-row's maximum up to its block, so that the backward needs no second exponential: with m_b that of block b
+A chunk's logits are transposed, (V, n). A block of the vocabulary is then contiguous, and small enough to stay in a
+CPU's cache from the product through all passes over it. The forward replaces each logit by exp(logit - m_b), so the
+backward needs no second exponential. With m_b a token's maximum over blocks 0..b and m its maximum over all blocks,
 
-    softmax = exp(logit - m_b) * exp(m_b - m) / sum        sum = that of exp(logit - m) over the row
+    softmax = exp(logit - m_b) * exp(m_b - m) / sum        sum = sum of the token's exp(logit - m)
     E.T     = softmax * -coef, plus coef at the target; times the slope of scale and softcap
 
-With a softcap the slope needs the logits themselves, which are then kept instead.
+With a softcap the slope needs the logits, so they are kept instead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from d2o_fast.loss.engine import Engine, Needs, Totals, split
 from d2o_fast.loss.matmul import multiplies_bf16, product_
 from d2o_fast.loss.reference import Margin
 
-BLOCK_BYTES = 12 << 20  #: of a block's logits, and of its widened weight, whichever has more
-MAX_TILE = 1024  #: tokens that pass by a block of the weight together where no logits are kept
-LOWEST = -torch.finfo(torch.float32).max  # finite: a running maximum that starts here meets -inf without making a NaN
+BLOCK_BYTES = 12 << 20  #: the larger of a block's logits and its widened weight
+MAX_TILE = 1024  #: most tokens that meet a block of the weight together if no logits are kept
+LOWEST = -torch.finfo(torch.float32).max  # finite: a running maximum that starts here and meets -inf gives no NaN
 
 
 def group_loss(
@@ -41,12 +41,12 @@ def group_loss(
 ) -> tuple[torch.Tensor, ...]:
     """(logps (S,), chosen (G,), rejected (G,), margins (G,), losses (G,), response_coef (S,)) of packed prompts.
 
-    ``losses`` are divided by ``num_prompts`` already; ``response_coef`` is the derivative of their sum by each
-    response's log-probability. The few numbers here are taken in fp64: z is a difference of large sums.
+    ``losses`` are divided by ``num_prompts``. ``response_coef`` is the derivative of their sum by each response's
+    log-probability. Sums and loss are computed in fp64, because z is a difference of large sums.
 
     Args:
         token_logps: (n,) wide.
-        cu_seqlens: (S+1,) int32 and ``cu_groups`` (G+1,) int32, on the device.
+        cu_seqlens, cu_groups: (S+1,) and (G+1,) int32, on the device.
         ref_logps: (S,).
         margin: the fields of a ``Margin``.
     """
@@ -70,7 +70,7 @@ def group_loss(
 
 
 def _segment_sums(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    # unsafe: the check of the offsets would wait for the device, and a ResponseLayout has made it.
+    # unsafe: a check of the offsets would wait for the device. ResponseLayout has checked them.
     return torch.segment_reduce(values, "sum", offsets=offsets.long(), unsafe=True)
 
 
@@ -89,11 +89,11 @@ class TorchEngine(Engine):
 
     @functools.cached_property
     def multiplies_bf16(self) -> bool:
-        """Whether hidden states and weight are bf16, and multiplied as such: E rounded to bf16 can meet them."""
+        """Whether hidden states and weight are bf16 and the device multiplies bf16, so that E may be rounded to it."""
         both = self.hidden.dtype == self.head.weight.dtype == torch.bfloat16
         return both and multiplies_bf16(self.device)
 
-    # --- Scores, and the gradient of given stats: every token passes by one block of the weight -----------------------
+    # --- Scores, and the gradient for given stats: all tokens meet one block of the weight before the next ------------
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         tiles = [_Statistics(self, a, b) for a, b in split(0, self.N, min(self.max_rows, MAX_TILE))]
@@ -110,7 +110,7 @@ class TorchEngine(Engine):
     def gradient(
         self, stats: torch.Tensor, coef: torch.Tensor, needs: Needs
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """A block of dWeight is whole after one visit, so nothing of the weight's size is held beside it."""
+        """See ``Engine.gradient``. A block of dWeight is complete after one visit, so dWeight needs no accumulator."""
         weight, bias = self.head.weight, self.head.bias
         dhidden = torch.zeros(self.N, self.H, dtype=self.wide, device=self.device) if needs.hidden else None
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
@@ -143,7 +143,7 @@ class TorchEngine(Engine):
 
     def forward(self, start: int, end: int) -> torch.Tensor:
         n = end - start
-        self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
+        self.kept_logits = None  # frees a smaller chunk before its memory is replaced
         self.kept_logits = self.scratch("chunk", (self.V, n))
         self.kept_maxima: list[torch.Tensor] = []
         statistics = _Statistics(self, start, end)
@@ -156,11 +156,14 @@ class TorchEngine(Engine):
         return statistics.logps()
 
     def backward(self, coef: torch.Tensor, dhidden: torch.Tensor | None, totals: Totals) -> None:
-        """Block by block, logits become E.T, which meets the hidden states while it is in cache. It meets the weight
-        there too, or is kept and meets it at the end."""
+        """See ``Engine.backward``. Turns the logits into E.T block by block.
+
+        A block is multiplied by the hidden states while it is in cache. It is multiplied by the weight there too, or
+        kept and multiplied at the end.
+        """
         start, end = self.chunk
         keeps = dhidden is not None and self._keeps_e(dhidden)
-        into = None if dhidden is None or keeps else dhidden.to(self.wide).zero_()  # dhidden itself, if it is wide
+        into = None if dhidden is None or keeps else dhidden.to(self.wide).zero_()  # dhidden itself if it is wide
         hidden = self.hidden[start:end]
         if totals.weight is not None and (totals.weight.dtype == self.wide or not self.multiplies_bf16):
             hidden = hidden.to(self.wide)
@@ -181,20 +184,26 @@ class TorchEngine(Engine):
         totals.fresh = False
 
     def _keeps_e(self, dhidden: torch.Tensor) -> bool:
-        """Whether one product of all of E with the weight as it is fills ``dhidden``: no copy of the weight, no sum
-        beside it. E is rounded to bf16 for it where bf16 is multiplied. A staged prompt's wide sum rules it out."""
+        """Whether one product of all of E with the unwidened weight fills ``dhidden``.
+
+        This saves the weight's copy and a wide sum. If bf16 is multiplied, E is rounded to bf16. A wide ``dhidden``
+        beside a narrower ``hidden``, as for a staged prompt, rules it out.
+        """
         unwidened = self.multiplies_bf16 or self.hidden.dtype == self.head.weight.dtype == self.wide
         return unwidened and dhidden.dtype == self.hidden.dtype
 
     def _kept_e(self) -> torch.Tensor:
-        """(V, n) E.T in the memory of the kept logits; a row of bf16 takes the left half of its row."""
+        """(V, n) E.T in the memory of the kept logits; a bf16 row fills the left half of its row."""
         assert self.kept_logits is not None
         n = self.kept_logits.shape[1]
         return self.kept_logits.view(torch.bfloat16)[:, :n] if self.multiplies_bf16 else self.kept_logits
 
     def _block_of_e(self, i: int, first: int, last: int, coef: torch.Tensor, keeps: bool) -> torch.Tensor:
-        """(v, n) wide block ``i`` of E.T from the kept logits, in their place unless they are still read; if E is kept,
-        it is there as well."""
+        """Block ``i`` of E.T, (v, n) wide, from the kept logits.
+
+        Overwrites the logits if neither a softcap nor a bf16 copy needs their memory. If ``keeps``, ``_kept_e`` holds
+        the block too.
+        """
         assert self.kept_logits is not None
         kept = self.kept_logits[first:last]
         apart = self.head.softcap or (keeps and self.multiplies_bf16)
@@ -202,7 +211,7 @@ class TorchEngine(Engine):
         if self.head.softcap:
             softmax = torch.sub(kept, self.kept_maximum, out=out).exp_().mul_(-coef / self.kept_sum)
         else:
-            # Not exp(m_b - lse): lse is rounded at the size of the logits, and all of a row's softmax with it.
+            # Not exp(m_b - lse): lse is rounded at the size of the logits, and its error scales the whole softmax.
             factor = (self.kept_maxima[i] - self.kept_maximum).exp_().div_(self.kept_sum).mul_(-coef)
             softmax = torch.mul(kept, factor, out=out)
         grad = self._finish(softmax, kept, first, last, self.targets[slice(*self.chunk)], coef)
@@ -211,13 +220,13 @@ class TorchEngine(Engine):
         return grad
 
     def _add_dweight(self, dweight: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, fresh: bool) -> None:
-        """A block's dWeight: added up over chunks, wide; or of the only chunk, rounded to the weight's own dtype."""
+        """Adds to a block's wide dWeight, or assigns the only chunk's, rounded to the weight's dtype."""
         if dweight.dtype == self.wide:
             product_(dweight, grad, hidden, add=not fresh)
         elif hidden.dtype == self.wide:
             dweight.copy_(grad @ hidden)
         else:
-            # Not the kept E: oneDNN reads past an odd n of its strided rows, and NaN * 0 is NaN (LOG.md).
+            # Not the kept E: oneDNN reads past an odd n of its strided rows, and NaN * 0 is NaN.
             product_(dweight, self.scratch("bf16", grad.shape, torch.bfloat16).copy_(grad), hidden)
 
     # --- Parts -----------------------------------------------------------------------------------------------------
@@ -229,12 +238,12 @@ class TorchEngine(Engine):
             yield first, min(first + step, self.V)
 
     def _operand(self, start: int, end: int) -> torch.Tensor:
-        """Hidden states as the products take them: widened on a CPU."""
+        """Hidden states as operands of the products: widened on a CPU."""
         hidden = self.hidden[start:end]
         return hidden.to(self.wide) if self.device.type == "cpu" else hidden
 
     def _weight_block(self, first: int, last: int) -> torch.Tensor:
-        """Rows of the weight, rounded to the operand dtype; widened on a CPU."""
+        """Rows first..last of the weight, rounded to the operand dtype, then widened on a CPU."""
         block = self.head.weight[first:last]
         if block.dtype != self.hidden.dtype:
             block = self.scratch("weight, rounded", block.shape, self.hidden.dtype).copy_(block)
@@ -245,7 +254,7 @@ class TorchEngine(Engine):
     def _logits(
         self, weight: torch.Tensor, hidden: torch.Tensor, first: int, last: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(v, n) logits of the vocabulary's rows first..last."""
+        """(v, n) logits of tokens first..last of the vocabulary."""
         if out is None:
             out = self.scratch("logits", (last - first, hidden.shape[0]))
         logits = product_(out, weight, hidden.T)
@@ -266,30 +275,30 @@ class TorchEngine(Engine):
         targets: torch.Tensor,
         coef: torch.Tensor,
     ) -> torch.Tensor:
-        """``grad`` (v, n) = softmax * -coef becomes the block of E.T; ``logits`` are read with a softcap alone."""
+        """Turns ``grad`` (v, n) = softmax * -coef into E.T in place. Reads ``logits`` only if there is a softcap."""
         rows, inside = _rows_in(targets, first, last)
         grad.scatter_add_(0, rows, coef.where(inside, 0.0)[None])
         if self.head.softcap:
             grad.addcmul_(grad, (logits / self.head.softcap).square_(), value=-1.0)
         if self.head.logit_scale != 1.0:
             grad.mul_(self.head.logit_scale)
-        if self.bias is not None:  # a masked token: not even a row whose softmax is NaN gives it a gradient
+        if self.bias is not None:  # a masked token has no gradient, even if its row's softmax is NaN
             grad.masked_fill_(self.bias[first:last] == -float("inf"), 0.0)
         return grad
 
 
 class _Statistics:
-    """Running maximum, sum of exponentials and target's logit of n tokens, over blocks of the vocabulary."""
+    """The running maximum, sum of exponentials and target's logit of n tokens over blocks of the vocabulary."""
 
     def __init__(self, engine: TorchEngine, start: int, end: int) -> None:
         self.engine, self.hidden, self.targets = engine, engine._operand(start, end), engine.targets[start:end]
         options: dict[str, Any] = {"dtype": engine.wide, "device": engine.device}
         self.maximum = torch.full((end - start,), LOWEST, **options)
         self.sum = torch.zeros(end - start, **options)
-        self.target = torch.full((end - start,), float("nan"), **options)  # of a target outside [0, V)
+        self.target = torch.full((end - start,), float("nan"), **options)  # stays NaN for a target outside [0, V)
 
     def add(self, logits: torch.Tensor, first: int, in_place: bool = True) -> torch.Tensor:
-        """Logits (v, n) from row ``first`` on, overwritten by exp(logit - maximum) if ``in_place``; the maximum."""
+        """Adds logits (v, n) from row ``first`` on; returns the maximum. ``in_place`` makes them their exponentials."""
         rows, inside = _rows_in(self.targets, first, first + logits.shape[0])
         self.target = logits.gather(0, rows).squeeze(0).where(inside, self.target)
         maximum = torch.maximum(self.maximum, logits.amax(0))
@@ -300,11 +309,11 @@ class _Statistics:
         return maximum
 
     def logps(self) -> torch.Tensor:
-        """(n,); (target - maximum) first: exact where the target is the likeliest token."""
+        """(n,). (target - maximum) comes first: it is exact if the target is the likeliest token."""
         return (self.target - self.maximum) - self.sum.log()
 
 
 def _rows_in(targets: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row of each target in the block first..last as (1, n), any row where it is not there; whether it is)."""
+    """(each target's row in the block first..last, (1, n), row 0 if it is outside; whether it is inside, (n,))."""
     inside = (targets >= first) & (targets < last)
     return (targets - first).where(inside, 0).long()[None], inside

@@ -1,9 +1,9 @@
-"""The Triton path: the vendor's product makes a chunk's logits, kernels make statistics and gradient in place.
+"""The Triton path: the vendor's product computes a chunk's logits, kernels compute their statistics and gradient.
 
-Shapes: N response tokens, n those of a chunk, V vocabulary, H hidden.
+Shapes: N response tokens, n tokens of a chunk, V vocabulary, H hidden.
 
-The logits (n, V) are fp32; the gradient takes their place, in the operand dtype, and meets the vendor's products again.
-Scoring holds no logits at all: one kernel takes the product, the log-sum-exp and the target's logit.
+The logits (n, V) are fp32. The gradient overwrites them in the operand dtype and enters the vendor's products. Scoring
+holds no logits: one kernel computes the product, the log-sum-exp and the target's logit.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class TritonEngine(Engine):
 
     @functools.cached_property
     def weight(self) -> torch.Tensor:
-        """(V, H) in the operand dtype: a copy, made once, of an fp32 master weight beside 16-bit hidden states."""
+        """(V, H) in the operand dtype. An fp32 master weight beside 16-bit hidden states is copied once."""
         return self.head.weight.to(self.hidden.dtype)
 
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         return linear_logprob_forward(self.hidden, self.head.weight, self.targets, *self.options)
 
     def forward(self, start: int, end: int) -> torch.Tensor:
-        self.kept_logits = None  # or the smaller chunk before would outlive its memory's replacement
+        self.kept_logits = None  # frees a smaller chunk before its memory is replaced
         self.chunk, self.kept_logits = slice(start, end), self._logits(start, end)
         logps, self.kept_stats = logit_stats(self.kept_logits, self.targets[start:end], *self.options)
         return logps
@@ -63,7 +63,7 @@ class TritonEngine(Engine):
         return dhidden, dweight, None if totals.bias is None or bias is None else totals.bias.to(bias.dtype)
 
     def _logits(self, start: int, end: int) -> torch.Tensor:
-        """Raw products (n, V), fp32, in the engine's one buffer."""
+        """Raw products (n, V), fp32, in the engine's only buffer."""
         buffer = self.scratch("logits", (end - start, self.V))
         return product_(buffer, self.hidden[start:end], self.weight.T)
 

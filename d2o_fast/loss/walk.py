@@ -1,16 +1,16 @@
-"""The walk over prompts with the one-pass gradient; what computes a chunk of tokens is an engine.
+"""The walk over prompts with the one-pass gradient; an engine computes each chunk of tokens.
 
-Shapes: N response tokens, n those of a chunk, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
+Shapes: N response tokens, n tokens of a chunk, V vocabulary, H hidden, S responses, G prompts, K anchors of one prompt.
 
 With ``p`` a row of softmax and ``c`` the derivative of the loss by the token's log-probability, the gradient by the
 row's raw products is ``E = c * (onehot - p)`` (times the slope of scale and softcap), and
 
     dHidden = E @ weight        dWeight = E.T @ hidden        dBias = sum of E's rows
 
-For a margin loss (``reference.Margin``) ``c = w * r + q`` with ``r`` and ``q`` known beforehand (for D2O ``r`` is
-beta/K for an anchor's token and -alpha for the negative's) and one unknown ``w = -gate * sigmoid(-z) / num_prompts``
-per prompt. A prompt whose logits fit the workspace is scored, ``w`` computed, and the logits become E in place. A
-larger one is *staged*: chunk after chunk with ``E = r * (onehot - p)``, the sums multiplied by ``w`` at the end.
+For a margin loss (``loss/reference.py``) ``c = w * r + q``. ``r`` and ``q`` are known beforehand: for D2O ``r`` is
+beta/K for an anchor's token and -alpha for the negative's. Each prompt has one unknown, ``w = -gate * sigmoid(-z) /
+num_prompts``. If a prompt's logits fit the workspace, they are scored, ``w`` is computed, and they become E in place. A
+larger prompt is *staged*: each chunk uses ``E = r * (onehot - p)``, and the sums are multiplied by ``w`` at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2o_fast.loss.reference import Margin
 
 
 class Section(NamedTuple):
-    """The negative or the anchors of a staged prompt: tokens start..end with dL/dlogp = w * r + q."""
+    """The negative or the anchors of a staged prompt: tokens start..end, whose dL/dlogp is w * r + q."""
 
     start: int
     end: int
@@ -36,8 +36,8 @@ class Section(NamedTuple):
 class MarginWalk:
     """A margin loss of a batch, with its gradient in one pass.
 
-    Results, wide: ``logps`` (S,), ``chosen``, ``rejected``, ``margins`` and ``losses`` (G,), the latter divided by
-    num_prompts.
+    Results, wide: ``logps`` (S,), ``chosen``, ``rejected``, ``margins`` and ``losses`` (G,). The losses are divided by
+    ``num_prompts``.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class MarginWalk:
         self.chosen, self.rejected, self.margins, self.losses = per_prompt.unbind(0)
 
     def loss(self) -> None:
-        """The results without a gradient."""
+        """Fills the results, without a gradient."""
         self._group_loss(0, self.layout.num_prompts, self.engine.score()[0])
 
     def loss_and_gradient(self, needs: Needs) -> tuple[torch.Tensor | None, Totals]:
-        """The results; returns dhidden (N, H) in the operand dtype, and the totals.
+        """Fills the results; returns dhidden (N, H) in the operand dtype, and the totals.
 
-        Staged prompts come first: the first is staged in the totals themselves.
+        Staged prompts come first, because the first one can be staged in the totals themselves.
         """
         hidden = self.engine.hidden
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
@@ -78,7 +78,7 @@ class MarginWalk:
         return dhidden, totals
 
     def _plan(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """(runs of neighbouring prompts that fit the workspace together, prompts that do not fit it alone)."""
+        """(runs of neighbouring prompts that fit the workspace together, single prompts that exceed it)."""
         runs: list[tuple[int, int]] = []
         staged: list[int] = []
         for g in range(self.layout.num_prompts):
@@ -92,7 +92,7 @@ class MarginWalk:
         return runs, staged
 
     def _group_loss(self, first: int, last: int, token_logps: torch.Tensor) -> torch.Tensor:
-        """Fills the results of prompts first..last from their tokens' log-probabilities; returns their dL/dlogp_s."""
+        """Fills the results of prompts first..last from token log-probabilities; returns their responses' dL/dlogp."""
         layout, s0, s1 = self.layout, self.layout.cu_groups[first], self.layout.cu_groups[last]
         *results, response_coef = self.engine.group_loss(
             token_logps,
@@ -108,11 +108,11 @@ class MarginWalk:
         return response_coef
 
     def _staged(self, g: int, dhidden: torch.Tensor | None, totals: Totals, staging: Totals | None) -> Totals | None:
-        """One prompt whose logits exceed the workspace; returns the second buffer if one was needed.
+        """Adds a prompt whose logits exceed the workspace; returns the second buffer if one is needed.
 
-        A section without a share in ``w`` has a known coefficient and goes straight into ``totals``. The others are
-        accumulated with weight ``r``, the anchors first, and scaled by ``w + l`` at the end, where ``l = q / r``. If
-        the two have different ``l``, ``totals`` gains the difference times the sum of the anchors alone.
+        A section independent of ``w`` has a known coefficient and is added to ``totals`` directly. The others are
+        summed with weight ``r``, the anchors first, and scaled by ``w + l`` at the end, where ``l = q / r``. If the
+        anchors' ``l`` differs from the negative's, ``totals`` also gains the difference times the anchors' sum.
         """
         known, gated = self._sections(g)
         start, end = self.layout.token_range(g)
@@ -145,8 +145,7 @@ class MarginWalk:
         return staging
 
     def _sections(self, g: int) -> tuple[list[Section], list[Section]]:
-        """(sections whose coefficient is known, sections that share in ``w``), tokens counted from the prompt's
-        first."""
+        """(sections with a known coefficient, sections with one that depends on ``w``), in the prompt's tokens."""
         alpha, beta, anchor_weight, negative_weight, gate = self.margin
         start, end = self.layout.token_range(g)
         first_anchor = self.layout.cu_seqlens[self.layout.cu_groups[g] + 1] - start
