@@ -1,8 +1,9 @@
-"""Parts that the kernels share: from raw product to logit, and the tile table of a device.
+"""Shared parts of the kernels: logits from raw products, checks, and the tile-table row of a device.
 
 Shapes: N response tokens, V vocabulary, H hidden.
 
-``to_logits`` makes logits of products hidden @ weight.T as ``d2o_fast.loss.reference.naive_linear_logprob`` does.
+``to_logits`` computes logits from hidden @ weight.T with the formula of ``naive_linear_logprob`` in
+``d2o_fast/loss/reference.py``.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
-# Finite, and below every finite logit: a running maximum that starts here meets -inf without making a NaN.
+# Finite, and no larger than any finite logit: a running maximum that starts here and meets -inf gives no NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def exp(x):
-    """e^x in fp32, through the base that the hardware has.
+    """e^x in fp32, through the hardware's base 2. Subnormal results become zero.
 
-    Triton's own ``exp`` keeps subnormal results, at three more instructions for every element on NVIDIA's chips;
-    here they become zero.
+    Triton's own ``exp`` keeps them, which costs three more instructions for each element on NVIDIA's chips.
     """
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def tanh(x):
-    """tanh in fp32 to about 2e-7 relative, also near zero, where 1 - exp(-2|x|) would cancel.
+    """tanh in fp32, to about 2e-7 relative, also near zero, where 1 - exp(-2|x|) cancels.
 
     The polynomial is a least-squares fit of (tanh(x) - x) / x^3 in x^2 on [-0.56, 0.56], weighted for relative error.
     """
@@ -63,7 +63,7 @@ def interpreted() -> bool:
 
 
 def check_device(*tensors: torch.Tensor | None) -> None:
-    """All on one device that Triton can run on.
+    """Checks that all tensors are on one device and Triton can run on it.
 
     Raises:
         ValueError: tensors on different devices, or on a CPU without the interpreter.
@@ -79,7 +79,7 @@ def check_device(*tensors: torch.Tensor | None) -> None:
 
 
 def check_softcap(softcap: float | None) -> float:
-    """The kernels' SOFTCAP: 0.0 means none.
+    """The kernels' SOFTCAP: ``softcap``, or 0.0 for None.
 
     Raises:
         ValueError: a softcap that is not positive.
@@ -93,9 +93,9 @@ def check_softcap(softcap: float | None) -> float:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of a tile table that ``device`` reads.
+    """The tile-table row for ``device``.
 
-    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` covers every NVIDIA chip
+    ``interpreter``, ``sm_80``, ``sm_86``, ``sm_90``, ``sm_100`` or ``gfx942``. ``sm_86`` serves every NVIDIA chip
     whose blocks have less than 163 KiB of shared memory: sm_86, sm_89, sm_120.
     """
     if device.type != "cuda":
@@ -112,5 +112,5 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of the device; 4 under the interpreter, so that it too splits the vocabulary."""
+    """The number of the device's multiprocessors; 4 under the interpreter, so that it splits the vocabulary too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,4 +1,4 @@
-"""The two products of a chunk's gradient, over the columns of the vocabulary that matter and no others.
+"""The two products of a chunk's gradient, over the columns of the vocabulary that are not negligible.
 
 Shapes: n rows of the chunk, V vocabulary, H hidden, M <= V kept columns.
 
@@ -9,8 +9,8 @@ A column is kept if one of its gradients exceeds ``eps`` times its row's coeffic
 
 1. every column gets a flag (several programs may store the same 1);
 2. a prefix sum of the flags gives each kept column its place in a list, and M;
-3. each row's kept gradients move to its left end, where the products read them like any matrix;
-4. two matrix kernels, whose grids do not depend on M, read it and stop there.
+3. each row's kept gradients move to its left end, so that the products read a plain matrix;
+4. two matrix kernels read M on the device and stop there; their grids do not depend on M.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .common import architecture, check_device, interpreted, num_processors
 
 
 class ProductTile(NamedTuple):
-    """Rows and columns of a result's tile, the step along the summed axis, and how it runs."""
+    """Rows and columns of a result's tile, the step along the summed axis, and launch settings."""
 
     block_m: int
     block_h: int
@@ -34,9 +34,8 @@ class ProductTile(NamedTuple):
     num_stages: int
 
 
-# One configuration per architecture, product and kind of operands (see product_kind), without spills:
-# tests/kernels/test_codegen.py.
-# dhidden's loop reads the list of columns before the rows that it names, which takes two of the stages.
+# One configuration per architecture, product and kind of operands (see product_kind). No spills: tests/test_codegen.py.
+# dhidden's loop reads the list of columns before the weight's rows that it names, which takes two of the stages.
 DHIDDEN_TILES: dict[tuple[str, str], ProductTile] = {
     ("sm_80", "16-bit"): ProductTile(128, 128, 64, 8, 5),
     ("sm_80", "16-bit odd"): ProductTile(64, 64, 32, 8, 3),
@@ -84,7 +83,7 @@ DWEIGHT_TILES: dict[tuple[str, str], ProductTile] = {
 for _table in (DHIDDEN_TILES, DWEIGHT_TILES):
     for _kind in ("16-bit", "16-bit odd", "fp32", "fp32 odd"):
         _table["interpreter", _kind] = ProductTile(16, 32, 32, 4, 1)
-FLAG_ROWS, FLAG_COLUMNS = 128, 512  # what one program of flag_columns_kernel reads
+FLAG_ROWS, FLAG_COLUMNS = 128, 512  # the block that a program of flag_columns_kernel reads
 FLAG_STEP = 8  # rows at a time
 BLOCK_LIST = 1024
 BLOCK_PACK = 4096
@@ -113,14 +112,14 @@ def flag_columns_kernel(
         bound = eps * tl.abs(tl.load(coef_ptr + offs_n, mask=in_rows, other=0.0))
         grad_ptrs = grad_ptr + offs_n.to(tl.int64)[:, None] * stride_gn + offs_v[None, :]
         grad = tl.load(grad_ptrs, mask=in_rows[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-        # Not "above the bound", so that a NaN on either side keeps the column.
+        # Negated, so that a NaN on either side keeps the column.
         found |= (~(tl.abs(grad) <= bound[:, None])).to(tl.int32)
     tl.store(flags_ptr + offs_v, tl.full((BLOCK_V,), 1, tl.int32), mask=in_row & (tl.max(found, axis=0) > 0))
 
 
 @triton.jit
 def list_columns_kernel(flags_ptr, places_ptr, columns_ptr, V, BLOCK_V: tl.constexpr):
-    """columns[j] is the j-th flagged column; ``places`` (V,) int32 is the inclusive prefix sum of the flags."""
+    """Stores the j-th flagged column in columns[j]; ``places`` (V,) int32 is the inclusive prefix sum of the flags."""
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = offs_v < V
     kept = tl.load(flags_ptr + offs_v, mask=in_row, other=0) > 0
@@ -128,9 +127,9 @@ def list_columns_kernel(flags_ptr, places_ptr, columns_ptr, V, BLOCK_V: tl.const
     tl.store(columns_ptr + place, offs_v, mask=in_row & kept)
 
 
-# One program, one row. columns[j] >= j, so a block's gradients come from its own place or from further right: the walk
-# goes from left to right, and a barrier separates the reads of a block from its writes. Up to ZEROS columns past the
-# last are cleared, so that the products may read a whole block there.
+# One program packs one row. columns[j] >= j, so a block's gradients come from its own place or from further right.
+# Blocks therefore run from left to right, and a barrier separates a block's reads from its writes. Up to ZEROS columns
+# past the last kept one become zero, so that the products may read a whole block.
 @triton.jit
 def pack_rows_kernel(grad_ptr, columns_ptr, kept_ptr, V, stride_gn, BLOCK_V: tl.constexpr, ZEROS: tl.constexpr):
     kept = tl.load(kept_ptr)
@@ -147,8 +146,8 @@ def pack_rows_kernel(grad_ptr, columns_ptr, kept_ptr, V, stride_gn, BLOCK_V: tl.
         tl.store(row_ptr + offs_j, tl.zeros((ZEROS,), grad_ptr.dtype.element_ty), mask=offs_j < V)
 
 
-# Vector-Jacobian product of product = hidden @ weight.T by hidden: dhidden = grad @ weight, here over the kept columns.
-# Gradients past the last are zero up to a whole block (pack_rows_kernel); past the row's end they are masked.
+# Vector-Jacobian product of product = hidden @ weight.T by hidden: dhidden = grad @ weight, over the kept columns.
+# Gradients past the last kept column are zero for a whole block (pack_rows_kernel); past the row's end they are masked.
 @triton.jit
 def dhidden_kernel(
     grad_ptr,  # (n, M) packed
@@ -169,7 +168,7 @@ def dhidden_kernel(
     BLOCK_V: tl.constexpr,
 ):
     kept = tl.load(kept_ptr)
-    # The row tiles of one stripe of the weight follow each other, and read it from L2.
+    # Row tiles that share a stripe of the weight are consecutive, so they read it from L2.
     num_n_tiles = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     offs_n = (pid % num_n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,7 +192,7 @@ def dhidden_kernel(
     tl.store(dhidden_ptrs, total.to(dhidden_ptr.dtype.element_ty), mask=(offs_n[:, None] < n) & (offs_h[None, :] < H))
 
 
-# Vector-Jacobian product of product = hidden @ weight.T by weight: dweight = grad.T @ hidden, here the kept rows of it.
+# Vector-Jacobian product of product = hidden @ weight.T by weight: dweight = grad.T @ hidden, its kept rows.
 # Lanes past the last kept column compute on arbitrary values; their results are masked out.
 @triton.jit
 def dweight_kernel(
@@ -235,7 +234,7 @@ def dweight_kernel(
             grad_ptrs += tl.cast(stride_gn, tl.int64) * BLOCK_N
             hidden_ptrs += tl.cast(stride_hn, tl.int64) * BLOCK_N
         columns = tl.load(columns_ptr + offs_j, mask=offs_j < kept, other=0).to(tl.int64)
-        # In two halves, one after the other: together, what is added to would take as many registers as the sums.
+        # In two halves, one after the other: the old values of a whole tile would take as many registers as the sums.
         halves = tl.split(tl.permute(tl.reshape(total, (BLOCK_V, 2, BLOCK_H // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
             offs_h = (tile % num_h_tiles) * BLOCK_H + half * (BLOCK_H // 2) + tl.arange(0, BLOCK_H // 2)
@@ -257,26 +256,28 @@ def filtered_products(
     dweight: torch.Tensor | None,
     fresh: bool,
 ) -> torch.Tensor:
-    """Fills ``dhidden`` and adds to ``dweight`` from the columns of ``grad`` that are not negligible; returns how many.
+    """Fills ``dhidden`` and adds to ``dweight`` from the kept columns of ``grad``; returns their number.
 
-    Column v is kept if ``|grad[m, v]| > eps * |coef[m]|`` for some row m, compared in fp32, or if one of the two is
-    NaN. The others take part in no product. So the results differ from the full products by at most, elementwise,
+    Column v is kept if ``|grad[m, v]| > eps * |coef[m]|`` for some row m, compared in fp32, or if either side is
+    NaN. The products omit the other columns. Elementwise, the results differ from the full products by at most
 
         row m of dhidden:            eps * |coef[m]| * sum of |weight[v]| over the columns v not kept
         row v of dweight, not kept:  eps * sum over rows m of |coef[m]| * |hidden[m]|
 
-    and the kept rows of dweight by rounding alone. With ``eps`` 0 only columns of zeros are left out. Accumulation is
-    in fp32, fp32 operands in IEEE fp32; the same bits on every run. Nothing waits for the device.
+    and the kept rows of dweight by rounding alone. With ``eps`` 0 only columns of zeros are omitted. Accumulation is in
+    fp32; fp32 operands are multiplied in IEEE fp32. The bits are the same on every run. The host does not wait for the
+    device.
 
     Args:
-        grad: (n, V) fp32, bf16 or fp16, dL/dproduct of the chunk; rows may be any stride apart, their elements
-            adjacent. Its values are lost.
+        grad: (n, V) fp32, bf16 or fp16, dL/dproduct of the chunk; its rows do not overlap, their elements
+            are adjacent. Its values are overwritten.
         coef: (n,) fp32, dL/dlogp of each row.
         weight: (V, H) of grad's dtype, any strides.
         hidden: (n, H) of grad's dtype, any strides.
-        dhidden: (n, H) fp32 or of grad's dtype, its columns adjacent, or None: written over.
-        dweight: (V, H) fp32, bf16 or fp16, its columns adjacent, or None: kept rows gain their share, rounded once.
-            With ``fresh`` its memory holds nothing yet: kept rows are assigned, all others become zero.
+        dhidden: (n, H) fp32 or of grad's dtype, its columns adjacent, or None. It is overwritten.
+        dweight: (V, H) fp32, bf16 or fp16, its columns adjacent, or None. The products are added to the kept rows
+            and the sum is rounded once.
+        fresh: ``dweight`` is uninitialised: its kept rows are assigned, all others become zero.
 
     Returns:
         () int32 on the device: the number of kept columns, M.
@@ -305,7 +306,7 @@ def filtered_products(
         num_warps=4,
     )
     places = flags.cumsum(0, dtype=torch.int32)
-    kept = places[-1].clone()  # not a view, which would keep the whole of ``places`` alive
+    kept = places[-1].clone()  # a view would keep all of ``places`` in memory
     columns = torch.empty_like(flags)
     list_columns_kernel[(triton.cdiv(V, BLOCK_LIST),)](flags, places, columns, V, BLOCK_V=BLOCK_LIST, num_warps=4)
     dhidden_tile = DHIDDEN_TILES[arch, product_kind(grad, weight)]
@@ -360,7 +361,7 @@ def filtered_products(
 
 
 def product_kind(grad: torch.Tensor, operand: torch.Tensor) -> str:
-    """Which column of the tile tables serves these operands; ``odd``: rows that cannot be read 16 bytes at a time."""
+    """The kind in the tile tables' keys for these operands; ``odd``: rows that cannot be read 16 bytes at a time."""
     aligned = all(
         t.stride(1) == 1 and t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
         for t in (grad, operand)

@@ -1,6 +1,6 @@
 """The loss of every prompt and its derivative by each response's log-probability, from token log-probabilities.
 
-Shapes: n packed response tokens, S responses, G prompts, K anchors of one prompt; the negative is first of its prompt.
+Shapes: n packed response tokens, S responses, G prompts, K anchors of one prompt; a prompt's negative comes first.
 
     logp_s  = sum of the response's token log-probabilities,   D_s = logp_s - ref_s,   A = mean of D over the K anchors
     chosen  = beta * A,   rejected = alpha * D_negative,   z = chosen - rejected           (K = 0: A = 0)
@@ -9,7 +9,7 @@ Shapes: n packed response tokens, S responses, G prompts, K anchors of one promp
     dloss/dlogp_negative =  (alpha * gate * sigmoid(-z) + negative_weight) / num_prompts
     dloss/dlogp_anchor   = -(beta * gate * sigmoid(-z) + anchor_weight) / (K * num_prompts)
 
-``d2o_fast.loss.reference.Margin`` says which losses these are.
+``Margin`` in ``d2o_fast/loss/reference.py`` names the losses of this form.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def group_loss_kernel(
     gate,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """One program, one prompt. Sums and loss are in fp64: they are few numbers, and z is a difference of large ones."""
+    """One program computes one prompt. Sums and loss are in fp64: they are few, and z is a difference of large sums."""
     g = tl.program_id(0)
     first = tl.load(cu_groups_ptr + g)
     end = tl.load(cu_groups_ptr + g + 1)
@@ -62,7 +62,7 @@ def group_loss_kernel(
         log_ratio = logp - tl.load(ref_logps_ptr + s).to(tl.float64)
         negative = tl.where(s == first, log_ratio, negative)
         total += tl.where(s == first, 0.0, log_ratio)
-    anchors = total / tl.maximum(num_anchors, 1.0)  # a prompt without anchors has none to sum: 0
+    anchors = total / tl.maximum(num_anchors, 1.0)  # 0 for a prompt without anchors
     chosen = anchors * beta
     rejected = negative * alpha
     z = chosen - rejected
@@ -70,11 +70,11 @@ def group_loss_kernel(
     tl.store(rejected_ptr + g, rejected.to(tl.float32))
     tl.store(margins_ptr + g, z.to(tl.float32))
 
-    # exp of a number that is never positive: neither overflows for any z.
+    # The exponent is never positive, so neither softplus nor sigmoid overflows for any z.
     small = tl.exp(-tl.abs(z))
     softplus = tl.maximum(-z, 0.0) + tl.log(1.0 + small)
     sigmoid = tl.where(z > 0, small, 1.0) / (1.0 + small)  # sigmoid(-z)
-    # A gate of zero switches its term off, not even an infinite z gets through.
+    # A gate of zero removes its term, also for an infinite z.
     gated_loss = tl.where(gate == 0.0, 0.0, softplus * gate)
     gated_slope = tl.where(gate == 0.0, 0.0, sigmoid * gate)
     loss = gated_loss + negative * negative_weight - anchors * anchor_weight
@@ -99,17 +99,17 @@ def group_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logps (S,), chosen (G,), rejected (G,), margins (G,), losses (G,), response_coef (S,)), all fp32, in nats.
 
-    ``losses`` are already divided by ``num_prompts``: their sum is the loss. ``response_coef`` is its derivative by
-    each response's log-probability, hence by each of the response's token log-probabilities. Nothing waits for the
+    ``losses`` are divided by ``num_prompts``; their sum is the loss. ``response_coef`` is its derivative by each
+    response's log-probability, hence by each token log-probability of the response. The host does not wait for the
     device.
 
     Args:
         token_logps: (n,) fp32, responses back to back.
-        cu_seqlens: (S+1,) int32 on the device: where each response starts and ends in ``token_logps``.
-        cu_groups: (G+1,) int32 on the device: which responses belong to each prompt; the negative first.
-            Both come from a ``ResponseLayout``, which has checked them; they are not read on the host here.
+        cu_seqlens: (S+1,) int32 on the device: the offsets of the responses in ``token_logps``.
+        cu_groups: (G+1,) int32 on the device: the offsets of the prompts in the responses, the negative first.
+            ``ResponseLayout`` checks both offsets; the host does not read them here.
         ref_logps: (S,) fp32 reference log-probability of each response.
-        gate: zero switches its term off exactly.
+        gate: zero removes its term exactly.
 
     Raises:
         TypeError, ValueError: other dtypes or shapes, tensors on several devices, num_prompts below 1.

@@ -1,4 +1,4 @@
-"""Log-probability of one target per row from hidden states and the head's weight; no logits in memory.
+"""Log-probability of one target per row, from hidden states and the head's weight, without logits in memory.
 
 Shapes: N response tokens, V vocabulary, H hidden, P splits of the vocabulary.
 
@@ -6,16 +6,15 @@ Shapes: N response tokens, V vocabulary, H hidden, P splits of the vocabulary.
     logps[n] = logit[n, targets[n]] - stats[0, n] - stats[1, n]
     stats[0, n] = max_v logit[n, v],   stats[1, n] = log sum_v exp(logit[n, v] - stats[0, n])
 
-The sum of the two statistics is the log-sum-exp; apart, they keep the digits that it loses where logits are far from
-zero.
+The sum of the two statistics is the log-sum-exp. Two numbers keep digits that it loses if logits are far from zero.
 
 A work item is BLOCK_N rows and one of P contiguous ranges of the vocabulary. Its program walks the range in tiles of
-BLOCK_V columns, keeps the running maximum, the sum of exponentials and the target's logit of its rows in registers, and
-writes those three numbers. A last kernel combines the P partial results in the order of the splits, so the bits do not
-depend on which program finished first. Temporary memory: 3 * P * N floats, bounded by ``choose_splits``.
+BLOCK_V columns, keeps the running maximum, the sum of exponentials and the target's logit of each row in registers, and
+writes these three numbers. A last kernel combines the P partial results in the order of the splits, so the bits do not
+depend on the order in which programs finish. Temporary memory: 3 * P * N floats, bounded by ``choose_splits``.
 
-Two kernels do the walk. ``linear_logprob_tma_kernel`` serves Hopper and Blackwell where the rows suit tensor
-descriptors; ``linear_logprob_kernel`` serves every other device, dtype and stride through pointers.
+Two kernels do the walk. ``linear_logprob_tma_kernel`` serves Hopper and Blackwell if the rows suit tensor descriptors.
+``linear_logprob_kernel`` serves every other device, dtype and stride through pointers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .common import LOWEST, architecture, check_device, check_softcap, exp, inte
 
 
 class Tile(NamedTuple):
-    """A tile configuration; ``group_n`` row tiles walk the same range of the vocabulary side by side."""
+    """A tile configuration; ``group_n`` row tiles walk a range of the vocabulary side by side."""
 
     block_n: int
     block_v: int
@@ -79,14 +78,14 @@ TILES |= {
     ("interpreter", kind): Tile(16, 32, 32, 4, 1, 2)
     for kind in ("16-bit", "16-bit capped", "16-bit odd", "mixed", "fp32", "fp32 odd")
 }
-# The same for 16-bit operands read through tensor descriptors, where an architecture has them. Two consumer warpgroups
-# of 64 x 256 fp32 accumulators fill Hopper's registers; half the columns would ask the L2 for a third more bytes.
+# The same for 16-bit operands read through tensor descriptors, for the architectures that have them. Two consumer
+# warpgroups of 64 x 256 fp32 accumulators fill Hopper's registers; half the columns would read a third more from L2.
 DESCRIPTOR_TILES: dict[str, Tile] = {
     "sm_90": Tile(128, 256, 64, 8, 4),
     "sm_100": Tile(128, 256, 64, 8, 4),
     "interpreter": Tile(16, 32, 32, 4, 1, 2),
 }
-MAX_ITEMS_PER_PROCESSOR = 16  # bounds P where there are many rows, and with it the temporary memory
+MAX_ITEMS_PER_PROCESSOR = 16  # bounds P for many rows, and with it the temporary memory
 BLOCK_COMBINE = 128
 
 
@@ -94,8 +93,8 @@ BLOCK_COMBINE = 128
 def work_item(item, N, num_splits, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr):
     """(row tile, split) of a work item.
 
-    GROUP_N row tiles times all splits follow each other: a weight tile is read from L2 by the row tiles of its group,
-    and the group's hidden states stay in L2 for the whole walk.
+    The items of GROUP_N row tiles and all splits are consecutive. So the row tiles of a group read a weight tile from
+    L2, and the group's hidden states stay in L2 for the whole walk.
     """
     group = item // (GROUP_N * num_splits)
     first_tile = group * GROUP_N
@@ -119,19 +118,19 @@ def add_tile(
     HAS_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The rows' (maximum, sum of exp(logit - maximum), logit of the target) with a tile's raw products."""
+    """The rows' (maximum, sum of exp(logit - maximum), logit of the target) after adding a tile's raw products."""
     lanes = tl.arange(0, BLOCK_V)
     in_tile = lanes < V - start
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + start + lanes, mask=in_tile, other=0.0).to(tl.float32)[None, :]
     logits = to_logits(product, bias, LOGIT_SCALE, SOFTCAP, HAS_BIAS)
-    # Columns past the vocabulary are -inf before they can take part in a maximum.
+    # Columns past the vocabulary must be -inf before the maximum.
     logits = tl.where(in_tile[None, :], logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, axis=1))
     row_sum = row_sum * exp(row_max - new_max) + tl.sum(exp(logits - new_max[:, None]), axis=1)
-    # In 32 bits, since every element is compared. A target outside the vocabulary may wrap to any value: the
-    # combination of the splits makes its row NaN.
+    # 32 bits, because every element is compared. A target outside the vocabulary may wrap: combine_splits_kernel makes
+    # its row NaN.
     target_lane = (targets - start).to(tl.int32)
     target_logit += tl.sum(tl.where(lanes[None, :] == target_lane[:, None], logits, 0.0), axis=1)
     return new_max, row_sum, target_logit
@@ -148,8 +147,8 @@ def store_partial(partial_ptr, row_max, row_sum, target_logit, n_tile, split, N,
     tl.store(partial + 2 * plane, target_logit, mask=in_rows)
 
 
-# One program per multiprocessor takes work items in turn. Within an item, the walk over the vocabulary and the walk
-# over H are one loop: while the statistics of a tile are taken, the first blocks of the next are already on their way.
+# One program per multiprocessor takes work items in turn. An item walks the vocabulary and H in one loop, so the first
+# blocks of the next tile load while the statistics of this one are computed.
 @triton.jit
 def linear_logprob_tma_kernel(
     hidden_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H); elements outside read as zero
@@ -165,7 +164,7 @@ def linear_logprob_tma_kernel(
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    UPCAST: tl.constexpr,  # for the interpreter, whose dot takes bf16 for integers; the products are exact either way
+    UPCAST: tl.constexpr,  # for the interpreter, whose dot reads bf16 as integers; the products are exact either way
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -195,8 +194,8 @@ def linear_logprob_tma_kernel(
             product = tl.dot(hidden, weight.T, product, input_precision="ieee")
             h_block += 1
             if h_block == num_h_blocks:
-                # In two halves, one after the other: a softcap's intermediate results of the whole tile would not fit
-                # into registers beside it.
+                # In two halves, one after the other: a softcap's intermediate results for the whole tile would not fit
+                # in registers beside it.
                 halves = tl.split(tl.permute(tl.reshape(product, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
                 for half in tl.static_range(2):
                     row_max, row_sum, target_logit = add_tile(
@@ -239,7 +238,7 @@ def linear_logprob_kernel(
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_H: tl.constexpr,
-    UPCAST: tl.constexpr,  # for the interpreter, whose dot takes bf16 for integers; the products are exact either way
+    UPCAST: tl.constexpr,  # for the interpreter, whose dot reads bf16 as integers; the products are exact either way
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -324,7 +323,7 @@ def combine_splits_kernel(
         row_max = new_max
     log_sum = tl.log(row_sum)
     targets = tl.load(targets_ptr + offs_n, mask=in_rows, other=0)
-    # (target - max) first: it is exact where the target is the likeliest token.
+    # (target - max) comes first: it is exact if the target is the likeliest token.
     logps = tl.where((targets >= 0) & (targets < V), (target_logit - row_max) - log_sum, float("nan"))
     tl.store(logps_ptr + offs_n, logps, mask=in_rows)
     tl.store(stats_ptr + offs_n, row_max, mask=in_rows)
@@ -333,10 +332,10 @@ def combine_splits_kernel(
 
 @functools.lru_cache(maxsize=256)
 def choose_splits(num_n_tiles: int, num_v_tiles: int, processors: int) -> tuple[int, int]:
-    """(splits P, tiles of BLOCK_V columns in each): the P that keeps ``processors`` busy for the fewest tiles.
+    """(splits P, tiles of BLOCK_V columns in each), for the P that keeps ``processors`` busy for the fewest tiles.
 
-    The longest-lived processor runs ceil(row tiles * P / processors) programs of ceil(column tiles / P) tiles. A tie
-    goes to fewer splits. A function of shapes and the device alone, so the bits are the same on every run.
+    The busiest processor runs ceil(row tiles * P / processors) programs of ceil(column tiles / P) tiles. A tie goes to
+    fewer splits. P depends on shapes and the device alone, so the bits are the same on every run.
     """
     most = max(1, min(num_v_tiles, MAX_ITEMS_PER_PROCESSOR * processors // num_n_tiles))
 
@@ -349,11 +348,11 @@ def choose_splits(num_n_tiles: int, num_v_tiles: int, processors: int) -> tuple[
 
 
 def tile_kind(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> str:
-    """Which column of TILES serves these operands.
+    """The kind in the keys of TILES that serves these operands.
 
-    ``fp32``: fp32 hidden states. ``16-bit``: both operands; ``16-bit capped``: with a softcap, whose tanh needs
-    registers. ``mixed``: 16-bit hidden states and an fp32 weight, rounded tile by tile. ``odd``: rows that cannot be
-    read 16 bytes at a time; elements pass through registers one by one, which leaves room for a small tile only.
+    ``fp32``: fp32 hidden states. ``16-bit``: both operands are 16-bit. ``16-bit capped``: there is a softcap too, whose
+    tanh needs registers. ``mixed``: 16-bit hidden states and an fp32 weight, rounded tile by tile. ``odd``: the rows
+    cannot be read 16 bytes at a time. Elements then pass through registers one by one, so only a small tile fits.
     """
     aligned = all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
     if hidden.element_size() == 4:
@@ -366,7 +365,7 @@ def tile_kind(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> str
 
 
 def tile_entry(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> tuple[dict[Any, Tile], Any]:
-    """The table and its key that serve these operands: descriptors where the device has them and the rows suit them."""
+    """(table, its key) for these operands: DESCRIPTOR_TILES if the device has descriptors and the rows suit them."""
     device = architecture(hidden.device)
     alike = hidden.dtype == weight.dtype != torch.float32
     if device in DESCRIPTOR_TILES and alike and suits_descriptor(hidden) and suits_descriptor(weight):
@@ -375,7 +374,7 @@ def tile_entry(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> tu
 
 
 def suits_descriptor(tensor: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator can read these rows: aligned, apart by a multiple of 16 bytes, distinct."""
+    """Whether the tensor memory accelerator can read these rows: aligned, strides of 16-byte multiples, no overlap."""
     row_bytes = tensor.stride(0) * tensor.element_size()
     return (
         tensor.stride(1) == 1
@@ -395,17 +394,17 @@ def linear_logprob_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each row's target, (N,), and statistics of the row, (2, N), fp32, in nats. Not differentiable.
 
-    fp32 operands are multiplied in IEEE fp32, never TF32; 16-bit ones with fp32 accumulation. A target outside [0, V)
-    reads nothing and gives NaN in ``logps``. Nothing waits for the device.
+    fp32 operands are multiplied in IEEE fp32, never TF32; 16-bit operands accumulate in fp32. A target outside [0, V)
+    reads nothing and gives NaN in ``logps``. The host does not wait for the device.
 
     Args:
         hidden: (N, H) fp32, bf16 or fp16, any strides.
-        weight: (V, H), any strides; taken tile by tile in the dtype of ``hidden`` if it has another one.
+        weight: (V, H), any strides; converted tile by tile to the dtype of ``hidden`` if it differs.
         targets: (N,) int64 or int32.
         bias: (V,) of any floating dtype, added in fp32.
 
     Raises:
-        TypeError: a dtype other than those.
+        TypeError: any other dtype.
         ValueError: shapes that do not fit, tensors on several devices, a softcap that is not positive.
     """
     _check(hidden, weight, targets, bias)

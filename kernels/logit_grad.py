@@ -1,4 +1,4 @@
-"""Row statistics of logits, and their gradient in place, for a chunk of rows whose raw products are in memory.
+"""Row statistics of a chunk's logits and their gradient, from raw products in memory.
 
 Shapes: n rows of the chunk, V vocabulary.
 
@@ -18,7 +18,7 @@ from .common import LOWEST, architecture, check_device, check_softcap, exp, tanh
 
 
 class RowTile(NamedTuple):
-    """Columns that a row's program takes at a time, and how it runs."""
+    """The columns that a row's program reads at a time, and its launch settings."""
 
     block_v: int
     num_warps: int
@@ -60,7 +60,7 @@ def logit_stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_n
     lanes = tl.arange(0, BLOCK_V)
-    # Every lane has its own running maximum and sum, so that the walk needs no reduction across the block.
+    # Every lane keeps its own maximum and sum, so the loop needs no reduction across the block.
     lane_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
     lane_sum = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -95,15 +95,15 @@ def logit_stats_kernel(
 # Vector-Jacobian product. With coef = dL/dlogp of a row, y the target and p = exp((logit - maximum) - log_sum):
 #
 #     dL/dlogit[v]   = coef * (1[v = y] - p[v])
-#     dL/dproduct[v] = dL/dlogit[v] * LOGIT_SCALE * (1 - tanh(x[v] / SOFTCAP)^2)        the square only with a softcap
+#     dL/dproduct[v] = dL/dlogit[v] * LOGIT_SCALE * (1 - tanh(x[v] / SOFTCAP)^2)        last factor: only with a softcap
 #
-# The result takes the place of the products. If it is half as wide, element j lies at byte 2j of the row, on product
-# j/2, which was read with this block or an earlier one: the walk goes from left to right, and a barrier separates
-# the reads of a block from its writes, so that no thread overwrites an element that another has still to read.
+# The result overwrites the products. In a 2-byte dtype element j is at byte 2j of the row, over product j/2. Blocks run
+# from left to right, so that product was read with this block or an earlier one. A barrier separates a block's reads
+# from its writes, so no thread overwrites a product that another thread has yet to read.
 @triton.jit
 def logit_grad_kernel(
     logits_ptr,
-    out_ptr,  # the same memory, seen in the output's dtype
+    out_ptr,  # the same memory in the output's dtype
     targets_ptr,
     maximum_ptr,
     log_sum_ptr,
@@ -142,7 +142,7 @@ def logit_grad_kernel(
             slope = LOGIT_SCALE * (1.0 - capped * capped)
             logits = SOFTCAP * capped
         grad = coef * (tl.where(offs_v == target, 1.0, 0.0) - exp((logits - maximum) - log_sum)) * slope
-        # A masked token has no gradient, not even where a wholly masked row makes its softmax NaN.
+        # A masked token has no gradient, even if the whole row is masked and its softmax NaN.
         grad = tl.where(x == float("-inf"), 0.0, grad)
         tl.store(out_row_ptr + offs_v, grad.to(out_ptr.dtype.element_ty), mask=in_row)
 
@@ -154,13 +154,13 @@ def logit_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each row's target, (n,), and statistics of the row, (2, n), fp32, in nats: those of
-    ``linear_logprob_forward``.
+    """Log-probability of each row's target, (n,), and statistics of the row, (2, n), fp32, in nats.
 
-    A target outside [0, V) reads nothing and gives NaN in ``logps``. Nothing waits for the device.
+    The statistics are as in ``linear_logprob_forward``. A target outside [0, V) reads nothing and gives NaN in
+    ``logps``. The host does not wait for the device.
 
     Args:
-        logits: (n, V) fp32 raw products; rows may be any stride apart, their elements adjacent.
+        logits: (n, V) fp32 raw products; its rows do not overlap, their elements are adjacent.
         targets: (n,) int64 or int32.
         bias: (V,) of any floating dtype, added in fp32.
 
@@ -201,14 +201,14 @@ def logit_grad_(
     logit_scale: float = 1.0,
     out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """dL/dproduct (n, V) of ``out_dtype``, written over ``logits``, which must not be used again.
+    """dL/dproduct (n, V) of ``out_dtype``, written over ``logits``. The caller must not use them again.
 
-    ``coef * (onehot(target) - softmax) * d(logit)/d(product)``, computed in fp32 and rounded once. Exactly zero where
-    bias and scale leave a logit at -inf. The rows of a 2-byte result are twice as many elements apart as the products'.
+    ``coef * (onehot(target) - softmax) * d(logit)/d(product)``, computed in fp32 and rounded once. It is exactly
+    zero if product, bias and scale give -inf. The row stride of a 2-byte result, in elements, is twice the products'.
 
     Args:
-        logits: (n, V) fp32 raw products; rows may be any stride apart, their elements adjacent.
-        targets: (n,) int64 or int32. A target outside [0, V) is no column.
+        logits: (n, V) fp32 raw products; its rows do not overlap, their elements are adjacent.
+        targets: (n,) int64 or int32. A target outside [0, V) matches no column.
         stats: (2, n) fp32 from ``logit_stats``.
         coef: (n,) fp32, dL/dlogp of each row.
         bias: (V,) of any floating dtype, added in fp32.
