@@ -226,7 +226,7 @@ class TorchEngine(Engine):
         elif hidden.dtype == self.wide:
             dweight.copy_(grad @ hidden)
         else:
-            # Not the kept E: oneDNN reads past an odd n of its strided rows, and NaN * 0 is NaN.
+            # Not the kept E: oneDNN reads past an odd n of its strided rows, and NaN * 0 is NaN (benchmarks/LOG.md).
             product_(dweight, self.scratch("bf16", grad.shape, torch.bfloat16).copy_(grad), hidden)
 
     # --- Parts -----------------------------------------------------------------------------------------------------
