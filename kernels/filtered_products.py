@@ -34,7 +34,8 @@ class ProductTile(NamedTuple):
     num_stages: int
 
 
-# One configuration per architecture, product and kind of operands (see product_kind). No spills: tests/test_codegen.py.
+# One configuration per architecture, product and kind of operands (see product_kind), without spills:
+# tests/kernels/test_codegen.py.
 # dhidden's loop reads the list of columns before the weight's rows that it names, which takes two of the stages.
 DHIDDEN_TILES: dict[tuple[str, str], ProductTile] = {
     ("sm_80", "16-bit"): ProductTile(128, 128, 64, 8, 5),
