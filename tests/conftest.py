@@ -6,7 +6,6 @@ imported, Triton whether to interpret while the kernels are being defined.
 
 import logging
 import os
-from collections.abc import Iterator
 
 # The number of threads decides the order of sums, and processes are compared by their bits.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -22,14 +21,12 @@ SLOW = {"served", "demo", "after_the_demo"}  #: fixtures that start a real serve
 
 
 @pytest.fixture(autouse=True)
-def _the_logger_is_put_back() -> Iterator[None]:
-    """A command that a test calls sets the package's logger up for good, and later tests would not hear it."""
+def _the_logger_is_as_at_the_start() -> None:
+    """A command that a test or a fixture calls sets the package's logger up for good; later tests would not hear it."""
     logger = logging.getLogger("d2o_fast")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    logger.propagate = propagate
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 from helpers import DEADLINE
 from paths import SUPPORT
@@ -15,6 +16,12 @@ from paths import SUPPORT
 pytestmark = pytest.mark.slow
 TABLE = SUPPORT / "codegen_table.py"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+#: (bytes of stack, bytes spilled) that Triton 3.6 needs; none with 3.7
+SPILLS_OF_3_6 = {
+    "filtered_products.dhidden_kernel sm_80 fp32 to fp32, strided": (8, 8),
+    "linear_logprob.linear_logprob_kernel sm_100 bf16, weight fp32, strided": (16, 28),
+    "linear_logprob.linear_logprob_kernel sm_100 fp32, capped": (24, 44),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def test_everything_compiles(rows, arch) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_spills(rows, arch) -> None:
     bad = {name(row): (row["stack"], row["spills"]) for row in rows if row["arch"] == arch}
-    assert {key: value for key, value in bad.items() if value != (0, 0)} == {}
+    known = SPILLS_OF_3_6 if triton.__version__.startswith("3.6.") else {}
+    assert {key: value for key, value in bad.items() if value not in ((0, 0), known.get(key))} == {}
     assert all(row["registers"] > 0 for row in rows if row["arch"] == arch)
 
 
