@@ -20,7 +20,8 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
     Args:
         rules: ``min``, ``above``, ``max``, ``below`` bound a number, which is always finite. ``needs`` names another
             setting, without which this one has no effect. ``fixed``: a resumed run keeps it. ``fingerprint``: stored
-            anchors depend on it. ``filter``: it decides which draws become anchors.
+            anchors depend on it. ``filter``: it decides which draws become anchors. ``rounds``: it
+            changes results by rounding only.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **rules})

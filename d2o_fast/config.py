@@ -36,11 +36,13 @@ class D2OConfig:
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "compute dtype; master weights are fp32 either way", fixed=True, fingerprint=True
     )
-    attn_implementation: str | None = setting(None, 'passed to transformers, e.g. "sdpa" or "flash_attention_2"')
-    shared_prefix: Literal["auto"] | bool = setting(
-        "auto", "one pass per prompt for all its responses; auto: if it is exact"
+    attn_implementation: str | None = setting(
+        None, 'passed to transformers, e.g. "sdpa" or "flash_attention_2"', rounds=True
     )
-    use_liger_kernel: bool = setting(False, "liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
+    shared_prefix: Literal["auto"] | bool = setting(
+        "auto", "one pass per prompt for all its responses; auto: if it is exact", rounds=True
+    )
+    use_liger_kernel: bool = setting(False, "liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)", rounds=True)
     chat_template_path: str | None = setting(None, "a Jinja file that replaces the tokenizer's template")
 
     # Data
@@ -160,9 +162,13 @@ class D2OConfig:
     per_device_eval_batch_size: int = setting(4, "prompts per batch in evaluation", min=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", min=1, fixed=True)
     tokens_per_micro_batch: int | None = setting(
-        None, "most tokens per micro-batch, in place of per_device_train_batch_size prompts", min=1
+        None, "most tokens per micro-batch, in place of per_device_train_batch_size prompts", min=1, rounds=True
     )
-    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory")
+    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory", rounds=True)
+    on_bad_step: Literal["stop", "skip"] = setting(
+        "stop", "a step whose loss or gradient is not finite; skip: it changes nothing"
+    )
+    max_bad_steps: int = setting(10, "most steps to skip before the run stops", min=1)
     seed: int = setting(42, "seed of the order of prompts and of dropout", min=0, fixed=True)
 
     # LoRA
@@ -184,7 +190,9 @@ class D2OConfig:
     logging_steps: int = setting(1, "steps between two lines of metrics", min=1)
     save_steps: int = setting(500, "steps between checkpoints", min=1)
     save_total_limit: int | None = setting(None, "newest checkpoints to keep; all if not given", min=1)
-    resume_from_checkpoint: str | None = setting(None, 'a checkpoint folder, or "latest"')
+    resume_from_checkpoint: str | None = setting(
+        None, 'a checkpoint folder, "latest", or "auto": the latest, or a fresh start where there is none'
+    )
     report_to: str | list[str] = setting([], '"tensorboard" or "none"; metrics.jsonl is always written')
 
     @property

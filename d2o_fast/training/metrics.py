@@ -5,11 +5,14 @@ The names are TRL's. Shapes: S responses, G prompts, K anchors of one prompt.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from d2o_fast.errors import D2OError
 from d2o_fast.files import atomic_file
 from d2o_fast.loss.layout import ResponseLayout
 from d2o_fast.loss.reference import D2OOutput
+
+logger = logging.getLogger("d2o_fast")
 
 NAMES = (
     "loss",
@@ -37,8 +42,7 @@ class PromptMeans:
     """Means of ``NAMES`` over prompts. The sums are on the device; only ``read`` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
-        self.num_prompts = 0
+        self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)  # the last counts prompts
 
     @torch.no_grad()
     def add(self, out: D2OOutput, layout: ResponseLayout, num_prompts: int) -> None:
@@ -56,29 +60,40 @@ class PromptMeans:
             out.margins.sum(),
             (out.margins > 0).sum(),
         )
-        self.sums += torch.stack([value.double() for value in values])
-        self.num_prompts += layout.num_prompts
+        self.sums[:-1] += torch.stack([value.double() for value in values])
+        self.sums[-1] += layout.num_prompts
 
     def read(self) -> dict[str, float]:
         """The means of all batches since the last ``reset``."""
-        return dict(zip(NAMES, (self.sums / max(1, self.num_prompts)).tolist(), strict=True))
+        return dict(zip(NAMES, (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist(), strict=True))
 
     def reset(self) -> None:
         self.sums.zero_()
-        self.num_prompts = 0
 
 
 class MetricLog:
     """``metrics.jsonl`` in ``output_dir`` (an object with ``step`` per line), a progress bar, optionally TensorBoard.
 
     Args:
-        start_step: later lines of an earlier run are removed, because a resumed run writes them again.
+        start_step: the step of the checkpoint to continue from. Lines after it are removed, because a resumed run
+            writes them again.
+        position: ``position()`` when the checkpoint was written; {} for a fresh start and for older checkpoints.
+
+    Raises:
+        D2OError: the file is not a log of metrics, or lines before ``position`` were changed or removed.
     """
 
-    def __init__(self, config: D2OConfig, start_step: int, num_steps: int) -> None:
+    def __init__(
+        self, config: D2OConfig, start_step: int, num_steps: int, position: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        _truncate(self.path, start_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        if position:
+            _cut(self.path, position)
+        else:
+            _truncate(self.path, start_step)
+        self.file = open(self.path, "ab")  # noqa: SIM115 - stays open for the whole run
+        written = self.path.read_bytes()
+        self._size, self._digest = len(written), hashlib.sha256(written)
         self.board = None
         if "tensorboard" in config.report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -91,8 +106,11 @@ class MetricLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         # NaN is not JSON and is written as null. Only a judge's score can be NaN.
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        line = f"{json.dumps({'step': step, **record})}\n".encode()
+        self.file.write(line)
         self.file.flush()
+        self._size += len(line)
+        self._digest.update(line)
         if self.board is not None:
             for name, value in metrics.items():
                 # TensorBoard makes one page per first part of the name
@@ -104,6 +122,10 @@ class MetricLog:
                 f"{metrics['tokens_per_second']:,.0f} tokens/s",
                 refresh=False,
             )
+
+    def position(self) -> dict[str, Any]:
+        """The lines so far: their size in bytes and their SHA-256. A checkpoint keeps it."""
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
         """Forces all lines to the disk."""
@@ -161,9 +183,27 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def _cut(path: Path, position: Mapping[str, Any]) -> None:
+    """Cuts a log to the lines that a checkpoint knows, and makes sure that these are the ones that were written."""
+    size = position["bytes"]
+    if not path.exists():
+        if size:
+            logger.warning("%s is gone: the log begins with the next step", path)
+        return
+    with open(path, "rb") as file:
+        found = file.read(size)
+    if len(found) != size or hashlib.sha256(found).hexdigest() != position["sha256"]:
+        raise D2OError(
+            f"{path} does not hold the lines that were written before the checkpoint: some were changed or removed. "
+            "Give it back, or move it away to begin a log with the next step"
+        )
+    os.truncate(path, size)
+
+
 def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
-    kept = [record for record in read_log(path) if record["step"] <= last_step] if last_step else []
+    kept = [record for record in read_log(path) if record["step"] <= last_step]
+    kept = kept if last_step else []
     with atomic_file(path) as file:
         file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from d2o_fast import D2OTrainer
+from d2o_fast.training.checkpoint import SUMS
 from helpers import DEADLINE
 
 
@@ -24,6 +26,13 @@ def stop_at(step: int, event: str = "log") -> Callable[..., None]:
             raise Stop
 
     return callback
+
+
+def sign(checkpoint: Path) -> None:
+    """Makes the digests of a checkpoint those of its files as they are."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != SUMS)
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (checkpoint / SUMS).write_text("".join(sums))
 
 
 def killed(command: list[str], function: str, path: Path, count: int = 1) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training.metrics import read_log
-from stops import Stop, killed, stop_at
+from stops import Stop, killed, sign, stop_at
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 # Three steps an epoch, the last of them partial; log lines that span checkpoints; dropout in the model.
@@ -87,6 +90,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
             state.metrics.pop("tokens_per_second")
             state.config.pop("output_dir")
             state.config.pop("resume_from_checkpoint")
+            state.log.clear()  # digests of lines with tokens_per_second
         assert states[0] == states[1]
         tensors = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (mine, theirs)]
         assert tensors[0].keys() == tensors[1].keys()
@@ -141,6 +145,7 @@ def test_another_way_to_read_prompts_is_no_continuation(inputs: Path, tmp_path: 
     found = json.loads(state.read_text())
     assert isinstance(found["shared"], bool)
     state.write_text(json.dumps({**found, "shared": not found["shared"]}))
+    sign(state.parent)
     with pytest.raises(D2OError, match=r"checkpoint-\d+ read .* and here it would be: .*start anew with shared_prefix"):
         trainer(inputs, out).train("latest")
 
@@ -202,7 +207,7 @@ def test_the_new_checkpoint_stands_before_the_old_one_goes(tmp_path: Path, monke
 
     monkeypatch.setattr(shutil, "rmtree", watching)
     for step in (2, 4):
-        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(step), lambda folder: None, optimizer, {}, limit=1)
+        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(2, step), lambda folder: None, optimizer, {}, {}, limit=1)
     assert seen == [(".tmp-checkpoint-2", ["checkpoint-4"])]
 
 
@@ -212,8 +217,8 @@ def test_a_write_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(OSError, match="disk full"):
-        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(2), save_model, optimizer, {}, limit=None)
+    with pytest.raises(D2OError, match=r"checkpoint-2 cannot be written \(disk full; .* GiB are free"):
+        ckpt.save_checkpoint(tmp_path, ckpt.TrainerState(2, 2), save_model, optimizer, {}, {}, limit=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,7 +324,123 @@ def test_only_the_last_checkpoint_of_this_folder_continues(inputs: Path, used: P
         trainer(inputs, tmp_path / "empty").train("latest")
 
 
-def test_a_damaged_state_is_named(inputs: Path, used: Path) -> None:
-    (used / "checkpoint-24" / "trainer_state.json").write_text("{}}")
+FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "tokenizer.json")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "one bit": lambda file: file.write_bytes(flipped(file.read_bytes())),
+    "another's": lambda file: file.write_bytes(
+        (file.parent.with_name("checkpoint-22") / file.name).read_bytes() + b" "
+    ),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a link": lambda file: (file.rename(file.with_suffix(".old")), file.symlink_to(file.with_suffix(".old"))),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+}
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*FILES, "SHA256SUMS"])
+def test_a_damaged_file_is_named_with_the_newest_whole_checkpoint(used: Path, name: str, damage: str) -> None:
+    if (name, damage) == ("SHA256SUMS", "another's"):
+        shutil.copy(used / "checkpoint-22" / name, used / "checkpoint-24" / name)
+    else:
+        DAMAGES[damage](used / "checkpoint-24" / name)
+    words = r"checkpoint-24 is damaged: .*\. The newest whole checkpoint is '.*checkpoint-22': move checkpoint-24 away"
+    for resume in ("latest", "auto", str(used / "checkpoint-24")):
+        with pytest.raises(D2OError, match=words) as error:
+            ckpt.find_checkpoint(used, resume)
+        assert name in str(error.value) or name == "SHA256SUMS"
+    shutil.rmtree(used / "checkpoint-24")
+    assert ckpt.find_checkpoint(used, "latest") == used / "checkpoint-22"
+
+
+def test_no_checkpoint_is_whole(used: Path) -> None:
+    for path in ckpt.checkpoints(used):
+        (path / "optimizer.pt").unlink()
+    with pytest.raises(D2OError, match=r"No checkpoint in .* is whole: move checkpoint-22, checkpoint-24 away"):
+        ckpt.find_checkpoint(used, "latest")
+
+
+def test_a_file_that_the_run_did_not_write_is_named(used: Path) -> None:
+    (used / "checkpoint-24" / "adapter_config.json").write_text("{}")
+    with pytest.raises(D2OError, match=r"adapter_config\.json is not in SHA256SUMS; move it out"):
+        ckpt.find_checkpoint(used, "latest")
+
+
+def test_sha256sum_verifies_a_checkpoint(never_killed: Path) -> None:
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=never_killed / "checkpoint-24", check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"global_step": 23}, "it is of step 23, and the folder is of step 24"),
+        ({"global_step": "24"}, "global_step is '24', which no run writes"),
+        ({"epoch": None}, "epoch is None"),
+        ({"num_tokens": -1}, "it is of step"),
+        ({"digests": ["a"]}, "digests is"),
+        ({"metrics": {"loss": "low"}}, "metrics is"),
+        ({"shared": "yes"}, "shared is 'yes'"),
+        ({"version": 3}, r"version 3 is newer than this d2o-fast reads \(2\)"),
+        ({"colour": 1}, "unexpected keyword argument 'colour'"),
+    ],
+    ids=str,
+)
+def test_a_state_that_no_run_writes(used: Path, change: dict[str, Any], words: str) -> None:
+    """Also where somebody made the digests fit."""
+    file = used / "checkpoint-24" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    sign(file.parent)
+    with pytest.raises(D2OError, match=words):
+        ckpt.load_state(ckpt.find_checkpoint(used, "latest") or used)
+
+
+@pytest.mark.parametrize("text", ["{}}", "[]", "null", "[" * 100_000, '{"global_step": ' + "9" * 6000 + "}"], ids=len)
+def test_a_state_that_is_no_state(used: Path, text: str) -> None:
+    (used / "checkpoint-24" / "trainer_state.json").write_text(text)
+    sign(used / "checkpoint-24")
     with pytest.raises(D2OError, match="checkpoint-24 is not a checkpoint of d2o-fast"):
+        ckpt.load_state(used / "checkpoint-24")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_tensors_of_something_else_are_named(inputs: Path, used: Path, name: str) -> None:
+    file = used / "checkpoint-24" / name
+    for content in ({"state": {0: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}}, [1], {}):
+        torch.save(content, file)
+        sign(file.parent)
+        with pytest.raises(D2OError, match=rf"{name} cannot be used: .*Resume from another checkpoint"):
+            trainer(inputs, used).train("latest")
+
+
+def test_auto_starts_and_continues(inputs: Path, never_killed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(never_killed / "anchors", out / "anchors")
+    with pytest.raises(Stop):
+        trainer(inputs, out, callbacks=[stop_at(9)]).train("auto")
+    trainer(inputs, out, resume_from_checkpoint="auto").train()
+    assert_same_run(out, never_killed)
+
+
+@pytest.mark.parametrize("change", ["hole", "edited", "shorter"])
+def test_holes_in_the_log_are_an_error(inputs: Path, used: Path, change: str) -> None:
+    log = used / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    changed = {"hole": lines[:2] + lines[3:], "edited": [*lines[:2], lines[2].replace("1", "2"), *lines[3:]]}
+    log.write_text("".join(changed.get(change, lines[:3])))
+    before = log.read_bytes()
+    with pytest.raises(D2OError, match=r"metrics\.jsonl does not hold the lines that were written before"):
         trainer(inputs, used).train("latest")
+    assert log.read_bytes() == before
+
+
+def test_a_log_that_was_moved_away_begins_again(inputs: Path, used: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (used / "metrics.jsonl").unlink()
+    trainer(inputs, used).train("latest")
+    assert "metrics.jsonl is gone: the log begins with the next step" in caplog.text

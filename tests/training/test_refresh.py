@@ -189,9 +189,23 @@ def test_killed_while_anchors_are_drawn(whole: Path, tmp_path: Path) -> None:
 def test_windows_that_no_checkpoint_needs_go(tmp_path: Path) -> None:
     out = tmp_path / "run"
     trainer(out, save_total_limit=2).train()
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-9", "checkpoint-12"]
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-12", "checkpoint-14"]
     # 12 begins a window, which is drawn again from the checkpoint's own weights
-    assert sorted(path.name for path in (out / "refreshed").iterdir()) == ["step-12", "step-8"]
+    assert sorted(path.name for path in (out / "refreshed").iterdir()) == ["step-12"]
+
+
+@pytest.mark.parametrize("gone", [[14], [12, 14], [9, 12, 14], [3, 12, 14]], ids=str)
+def test_every_checkpoint_can_be_continued_after_a_resume(whole: Path, tmp_path: Path, gone: list[int]) -> None:
+    """Again and again: a resume keeps the windows of all checkpoints, and not only of its own."""
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        trainer(out, callbacks=[stop_at(11)]).train()
+    trainer(out).train("latest")
+    for step in gone:
+        shutil.rmtree(out / f"checkpoint-{step}")
+    shutil.rmtree(out / "checkpoint-11")
+    trainer(out).train("latest")
+    assert_same(out, whole)
 
 
 def test_lost_or_other_anchors_are_an_error_and_not_drawn_again(tmp_path: Path) -> None:
@@ -206,7 +220,7 @@ def test_lost_or_other_anchors_are_an_error_and_not_drawn_again(tmp_path: Path) 
     with pytest.raises(Stop):
         trainer(tmp_path / "other", learning_rate=1e-2, callbacks=[stop_at(7)]).train()
     shutil.copytree(tmp_path / "other" / "refreshed" / "step-4", window)
-    with pytest.raises(D2OError, match=r"checkpoint-6 was trained with other anchors than those in .*refreshed"):
+    with pytest.raises(D2OError, match=r"checkpoint-7 was trained with other anchors than those in .*refreshed"):
         trainer(out).train("latest")
     with pytest.raises(D2OError, match="refresh_every: 4 in the checkpoint, now 5"):
         trainer(out, refresh_every=5).train("latest")
