@@ -6,6 +6,7 @@ A first signal lets the step under way finish; the trainer then writes a checkpo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -20,6 +21,11 @@ from d2o_fast.errors import D2OError, shortened
 
 #: a scheduler's word, Ctrl-C, a closed terminal, and the warnings of Slurm, LSF and SGE before their time limit
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_ADVICE = (
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free space. "),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "The folder cannot be written: mend its rights or choose another. "),
+    ((errno.EEXIST, errno.ENOTDIR), "A file has the name of a folder: choose another. "),
+)
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
@@ -100,5 +106,6 @@ def explained(error: BaseException, place: str, safe: str) -> D2OError | None:
         )
     if isinstance(error, OSError):
         file = f"'{error.filename}': " if error.filename else ""
-        return D2OError(f"{place}: {file}{error.strerror or error}. Free space or mend the folder's rights. {safe}")
+        advice = next((text for codes, text in _ADVICE if error.errno in codes), "")
+        return D2OError(f"{place}: {file}{error.strerror or error}. {advice}{safe}")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from d2o_fast import D2OConfig, D2OTrainer
 
 PAD, BOS, EOS, IM_START, IM_END = "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 160
@@ -114,3 +117,36 @@ def peaked_model(**config) -> torch.nn.Module:
 def next_token(model, ids, temperature=1.0) -> torch.Tensor:
     with torch.no_grad():
         return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
+
+
+# Eight steps, three to an epoch; log lines that span steps, evaluations and checkpoints that fall on different steps.
+RUN: dict[str, Any] = {
+    "num_generations": 2,
+    "max_length": 64,
+    "max_completion_length": 12,
+    "learning_rate": 3e-3,
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "eval_steps": 3,
+    "save_steps": 5,
+}
+
+
+def tiny_run(out: Path, **settings: Any) -> D2OTrainer:
+    """A trainer of ``tiny_model`` with the settings ``RUN``; all runs beside each other share their anchors."""
+    callbacks = settings.pop("callbacks", None)
+    args = D2OConfig(**{**RUN, "output_dir": str(out), "anchors_dir": str(out.parent / "anchors"), **settings})
+    return D2OTrainer(tiny_model(), args, tiny_rows(10), tiny_rows(14)[10:], tiny_tokenizer(), callbacks=callbacks)
+
+
+def save_tiny_run(folder: Path) -> list[str]:
+    """Writes the model, data and settings of ``tiny_run`` to ``folder``; returns the arguments of ``d2o``."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", tiny_rows(10)), ("eval", tiny_rows(14)[10:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {"model_name_or_path": "model", "dataset_name": "train.jsonl", "eval_dataset_name": "eval.jsonl"}
+    places |= {"output_dir": "run", "anchors_dir": "anchors"}
+    settings = RUN | {name: str(folder / place) for name, place in places.items()}
+    (folder / "config.yaml").write_text(json.dumps(settings))  # which is YAML too
+    return ["train", str(folder / "config.yaml")]
