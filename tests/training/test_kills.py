@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments come back bit for bit; ``support/kill_table.py --runs 150`` is the long form."""
+"""Runs that are killed at random moments come back bit for bit. ``support/kill_table.py`` is the long form."""
 
 from __future__ import annotations
 
