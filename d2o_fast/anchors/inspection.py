@@ -153,13 +153,10 @@ def export(folder: Path, out: Path) -> int:
     if out.exists():
         raise D2OError(f"{out} is there already; remove it or give another name")
     count = 0
-    try:
-        with atomic_file(out) as file:
-            for line in _pairs(store.records("chat", "sampled", "prompt", "rejected", "anchors")):
-                file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
-                count += 1
-    except OSError as error:
-        raise D2OError(f"{out} cannot be written: {error.strerror}") from error
+    with atomic_file(out) as file:
+        for line in _pairs(store.records("chat", "sampled", "prompt", "rejected", "anchors")):
+            file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+            count += 1
     return count
 
 
