@@ -11,28 +11,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from d2o_fast.anchors.contents import is_logp
 from d2o_fast.anchors.drawing import Drawer
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.anchors.instruction import instructed
 from d2o_fast.anchors.references import References, reference_names
-from d2o_fast.anchors.shards import SCHEMA, begin, check_shard, write_shard
+from d2o_fast.anchors.shards import SCHEMA, begin, read_manifest, write_shard
 from d2o_fast.anchors.store import AnchorStore, store_record
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row
 from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, DataError
-from d2o_fast.files import locked
+from d2o_fast.files import locked, make_folder
 from d2o_fast.model.adapters import initial_policy
+from d2o_fast.model.parts import vocabulary_size
 
 logger = logging.getLogger("d2o_fast")
 
@@ -65,38 +67,68 @@ def build_store(
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder)
-    size = config.sampling_batch_size
+    _check_rows(rows, tokenizer, config)
+    references = References(model, tokenizer, config)
+    fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
+    if os.path.lexists(folder / "manifest.json"):  # reading takes no lock: many runs share a store that is complete
+        store = _opened(model, tokenizer, rows, config, folder, fingerprint)
+        if store.complete:
+            if progress is not None:
+                progress(len(rows), len(rows))
+            return store
+    make_folder(folder)
+    with locked(folder, "making anchors"):
+        counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // config.sampling_batch_size)}
+        begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
+        store = _opened(
+            model, tokenizer, rows, config, folder, fingerprint
+        )  # another process may have worked meanwhile
+        _complete(store, rows, references, progress)
+    return store
+
+
+def _check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> None:
     for _ in tokenized(rows, tokenizer, config):
         pass  # checks all rows before the first is sampled
     if config.sampling_instruction is not None:
-        for start in range(0, len(rows), size):
-            to_draw = [row for row in rows[start : start + size] if row.anchors is None]
-            for _ in instructed(to_draw, tokenizer, config):
+        for start in range(0, len(rows), config.sampling_batch_size):
+            part = rows[start : start + config.sampling_batch_size]
+            for _ in instructed([row for row in part if row.anchors is None], tokenizer, config):
                 pass  # refuses unfit prompts before the first draw
-    references = References(model, tokenizer, config)
-    fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "making anchors"):
-        counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // size)}
-        manifest = begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
-        AnchorStore(str(folder), manifest, []).check(fingerprint)
-        digests = [check_shard(folder, i, manifest) for i in range(manifest["num_shards"])]
-        store = AnchorStore(str(folder), manifest, digests)
-        done = store.num_present
+
+
+def _opened(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: D2OConfig,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    require_complete: bool = False,
+) -> AnchorStore:
+    """The store in ``folder``, whose conditions and records are those of ``rows``."""
+    AnchorStore(str(folder), read_manifest(folder), []).check(fingerprint)  # before every shard is read
+    store = AnchorStore.open(folder, require_complete)
+    store.check_content(rows, tokenizer, config, vocabulary_size(model))
+    return store
+
+
+def _complete(
+    store: AnchorStore, rows: Sequence[Row], references: References, progress: Callable[[int, int], None] | None
+) -> None:
+    """Makes the missing shards."""
+    config, done, size = references.config, store.num_present, references.config.sampling_batch_size
+    if progress is not None:
+        progress(done, len(rows))
+    maker = None
+    for i in store.missing:
+        maker = maker or _ShardMaker(references, store.fingerprint["stop_token_ids"])
+        part = rows[i * size : (i + 1) * size]
+        examples = list(tokenized(part, references.tokenizer, config, log=False))
+        store.digests[i] = write_shard(Path(store.folder), i, maker.make(i, part, examples))
+        done += len(part)
         if progress is not None:
             progress(done, len(rows))
-        maker = None
-        for i, digest in enumerate(digests):
-            if digest is not None:
-                continue
-            maker = maker or _ShardMaker(references, fingerprint["stop_token_ids"])
-            part = rows[i * size : (i + 1) * size]
-            examples = list(tokenized(part, tokenizer, config, log=False))
-            digests[i] = write_shard(folder, i, maker.make(i, part, examples))
-            done += len(part)
-            if progress is not None:
-                progress(done, len(rows))
-    return store
 
 
 class _ShardMaker:
@@ -117,7 +149,7 @@ class _ShardMaker:
         for i, (row, example, reasons) in enumerate(zip(rows, examples, dropped, strict=True)):
             logps = next(scores) if example.anchor_ids else []
             for response, logp in enumerate(logps):
-                if not math.isfinite(logp):
+                if not is_logp(logp, len(example.responses()[response])):
                     field = "rejected" if response == 0 else f"anchors[{response - 1}]"
                     found = f"its log-probability under its reference is {logp}"
                     raise DataError(row.source, row.index, field, found, "Check that model's weights, or try float32")
@@ -142,14 +174,17 @@ def open_store(
         FingerprintError: the store was made under other conditions.
     """
     if isinstance(data, AnchorStore):
-        store = data
-        store.check(expected_fingerprint(model, tokenizer, data.rows(), config))
+        store, rows = data, data.rows()
+        store.check(expected_fingerprint(model, tokenizer, rows, config))
+        store.check_content(rows, tokenizer, config, vocabulary_size(model))
     elif may_build:
         with contextlib.closing(_Progress(name)) as progress:
             store = build_store(model, tokenizer, data, config, anchors_folder(config, name), progress)
     else:
-        store = AnchorStore.open(anchors_folder(config, name))
-        store.check(expected_fingerprint(model, tokenizer, data, config))
+        fingerprint = expected_fingerprint(model, tokenizer, data, config)
+        store = _opened(
+            model, tokenizer, data, config, anchors_folder(config, name), fingerprint, require_complete=True
+        )
     lost = store.lost()
     if not store.usable:
         raise D2OError(f"{name}: {lost}. Nothing is left; loosen the filters, or raise num_draws")

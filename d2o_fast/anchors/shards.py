@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2o_fast.errors import D2OError
-from d2o_fast.files import atomic_file
+from d2o_fast.anchors.contents import manifest_fault, record_fault
+from d2o_fast.errors import D2OError, shortened
+from d2o_fast.files import atomic_file, read_file
 
 FORMAT = 2  #: version of the files; part of the fingerprint
 SCHEMA = pa.schema(
@@ -43,7 +46,11 @@ SCHEMA = pa.schema(
     ]
 )
 
-_MAKE_ANEW = "remove it and its .sha256, and run `d2o sample` again to make it anew"
+_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
+MAKE_ANEW = "remove it and its .sha256, and run `d2o sample` again to make it anew"
+
+
+MOST_VALUES = 1 << 28  #: a shard with more token ids, or more bytes before compression, is not believed
 
 
 def shard_name(i: int) -> str:
@@ -74,20 +81,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise D2OError(f"{folder}: no such folder; make the anchors with `d2o sample`")
+    path, fix = folder / "manifest.json", "remove the folder and sample again"
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        complete = {"fingerprint", "num_rows", "num_shards"} <= set(manifest) and "format" in manifest["fingerprint"]
+        manifest = json.loads(read_file(path))
     except FileNotFoundError as error:
         raise D2OError(f"{folder}: no manifest.json; this is not a folder that `d2o sample` made") from error
-    except ValueError as error:
-        raise D2OError(f"{folder}/manifest.json is damaged ({error}); remove the folder and sample again") from error
-    if not complete:
-        raise D2OError(f"{folder}/manifest.json is not a manifest of anchors; remove the folder and sample again")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, D2OError):
+            raise
+        raise D2OError(f"{path} is damaged ({shortened(str(error), 100)}); {fix}") from error
+    whole = isinstance(manifest, dict) and {"fingerprint", "num_rows", "num_shards"} <= set(manifest)
+    if not (whole and isinstance(manifest["fingerprint"], dict) and "format" in manifest["fingerprint"]):
+        raise D2OError(f"{path} is not a manifest of anchors; {fix}")
     if manifest["fingerprint"]["format"] != FORMAT:
         raise D2OError(
-            f"{folder}: its files have format {manifest['fingerprint']['format']}, and this version of d2o-fast reads "
-            f"format {FORMAT}. Choose another anchors_dir to make new ones, or use the version that made them"
+            f"{folder}: its files have format {shortened(repr(manifest['fingerprint']['format']))}, and this version "
+            f"of d2o-fast reads format {FORMAT}. Choose another anchors_dir to make new ones, or use the version that "
+            "made them"
         )
+    fault = manifest_fault(manifest)
+    if fault is not None:
+        raise D2OError(f"{path}: {fault}; {fix}")
     return manifest
 
 
@@ -104,6 +118,24 @@ def write_shard(folder: Path, i: int, table: pa.Table) -> str:
     return digest
 
 
+def check_shards(folder: Path, manifest: dict[str, Any]) -> list[str | None]:
+    """The SHA-256 of every shard, verified; None for a shard that is not made yet.
+
+    Raises:
+        D2OError: as ``check_shard``; the folder holds shards that the manifest does not count.
+    """
+    try:
+        found = sorted(int(match[1]) for name in os.listdir(folder) if (match := _SHARD.fullmatch(name)))
+    except OSError as error:
+        raise D2OError(f"{folder} cannot be read ({error.strerror})") from error
+    digests: list[str | None] = [None] * manifest["num_shards"]
+    for i in found:
+        if i >= len(digests):
+            raise D2OError(f"{folder / shard_name(i)} is not one of the {len(digests)} shards of the store; remove it")
+        digests[i] = check_shard(folder, i, manifest)
+    return digests
+
+
 def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
     """Verifies the shard and returns its SHA-256; None if the shard is not made yet.
 
@@ -111,14 +143,14 @@ def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
         D2OError: the digest is missing, the shard is damaged, or its rows or counts are wrong.
     """
     path = folder / shard_name(i)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    fix = _MAKE_ANEW
+    fix = MAKE_ANEW
     try:
-        digest = (folder / f"{path.name}.sha256").read_text().split()[0]
-    except (OSError, IndexError) as error:
-        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing; {fix}") from error
-    table = pq.read_table(pa.BufferReader(_verified(path, digest)), schema=SCHEMA)
+        digest = read_file(folder / f"{path.name}.sha256").decode().split()[0]
+    except (FileNotFoundError, UnicodeDecodeError, IndexError) as error:
+        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing or damaged; {fix}") from error
+    table = _table(path, _verified(path, digest), manifest["fingerprint"]["sampling_batch_size"])
     fingerprint = manifest["fingerprint"]
     size, k = fingerprint["sampling_batch_size"], fingerprint["num_generations"]
     draws = fingerprint["num_draws"] or k
@@ -141,6 +173,11 @@ def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
                 f"{path}, row {row}: {lengths[0]} anchors, but {'a' if has_score else 'no'} score of the "
                 f"negative; {fix}"
             )
+    fault = record_fault(table, fingerprint)
+    if fault is not None:
+        place, field, found = fault
+        source = f"{table['source'][place].as_py()}, row {table['source_row'][place].as_py()}"
+        raise D2OError(f"{path}, row {rows[place]} ({shortened(repr(source), 100)}), field '{field}': {found}; {fix}")
     return digest
 
 
@@ -155,15 +192,29 @@ def read_shard(folder: Path, i: int, digest: str, columns: Sequence[str]) -> pa.
         return file.read(columns=list(columns), use_threads=False)
 
 
+def _table(path: Path, data: bytes, size: int) -> pa.Table:
+    """All columns of a shard of at most ``size`` rows; counts of the file's end are read before any column is."""
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            found, groups = file.metadata, range(file.metadata.num_row_groups)
+            columns = [found.row_group(group).column(c) for group in groups for c in range(found.num_columns)]
+            values = sum(column.num_values for column in columns)
+            stored = sum(column.total_uncompressed_size for column in columns)
+            if found.num_rows <= size and max(values, stored) <= MOST_VALUES and file.schema_arrow.equals(SCHEMA):
+                return file.read(use_threads=False)
+            what = f"{found.num_rows} rows, {values} values and {stored} bytes, or other columns"
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        what = shortened(str(error), 200, one_line=True)
+    raise D2OError(f"{path} is no shard of this store ({what}); {MAKE_ANEW}")
+
+
 def _verified(path: Path, digest: str) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError as error:
         raise D2OError(f"{path} is missing; run `d2o sample` again to complete the store") from error
-    except OSError as error:
-        raise D2OError(f"{path} cannot be read ({error.strerror})") from error
     if hashlib.sha256(data).hexdigest() != digest:
-        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {_MAKE_ANEW}")
+        raise D2OError(f"{path} is damaged (its SHA-256 is not the one it was written with); {MAKE_ANEW}")
     return data
 
 

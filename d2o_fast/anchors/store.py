@@ -18,10 +18,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from d2o_fast.anchors.contents import content_fault
 from d2o_fast.anchors.fingerprint import fingerprint_digest
-from d2o_fast.anchors.shards import Shards, check_shard, read_manifest, shard_name
-from d2o_fast.data.on_disk import LazySequence
+from d2o_fast.anchors.shards import MAKE_ANEW, Shards, check_shards, read_manifest, shard_name
+from d2o_fast.config import D2OConfig
+from d2o_fast.data.on_disk import LazySequence, subset
 from d2o_fast.data.row import Example, Row
+from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, FingerprintError
 
 Item = TypeVar("Item")
@@ -66,8 +69,9 @@ def row_of(record: dict[str, Any]) -> Row:
 class AnchorStore:
     """Anchors and reference scores of one split of the data, read from a folder that ``build_store`` made."""
 
-    def __init__(self, folder: str, manifest: dict[str, Any], digests: Sequence[str | None]) -> None:
+    def __init__(self, folder: str, manifest: dict[str, Any], digests: list[str | None]) -> None:
         self.folder = folder
+        self.digests = digests  #: the SHA-256 of each shard; None if it is not made yet
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.num_rows: int = manifest["num_rows"]
         self._shards = Shards(Path(folder), self.fingerprint["sampling_batch_size"], digests)
@@ -81,7 +85,7 @@ class AnchorStore:
                 ``require_complete`` is true.
         """
         manifest = read_manifest(Path(folder))
-        digests = [check_shard(Path(folder), i, manifest) for i in range(manifest["num_shards"])]
+        digests = check_shards(Path(folder), manifest)
         store = cls(str(folder), manifest, digests)
         if require_complete and store.missing:
             raise D2OError(
@@ -93,7 +97,7 @@ class AnchorStore:
     @property
     def num_shards(self) -> int:
         """Number of shards of the complete store."""
-        return len(self._shards.digests)
+        return len(self.digests)
 
     @property
     def num_present(self) -> int:
@@ -104,7 +108,7 @@ class AnchorStore:
     @property
     def missing(self) -> list[int]:
         """The shards that are not made yet."""
-        return [i for i, digest in enumerate(self._shards.digests) if digest is None]
+        return [i for i, digest in enumerate(self.digests) if digest is None]
 
     @property
     def complete(self) -> bool:
@@ -122,6 +126,29 @@ class AnchorStore:
             names = [*self.fingerprint, *(name for name in expected if name not in self.fingerprint)]
             pairs = {name: (self.fingerprint.get(name), expected.get(name)) for name in names}
             raise FingerprintError(self.folder, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+
+    def check_content(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig, size: int
+    ) -> None:
+        """Compares every record that is made with its row of the data.
+
+        Args:
+            size: number of the model's tokens.
+
+        Raises:
+            D2OError: a record holds another prompt, negative or given anchor, or an id that the model does not have.
+        """
+        if len(rows) != self.num_rows:
+            raise D2OError(f"{self.folder}: it holds {self.num_rows} rows, the data have {len(rows)}")
+        of_shard, missing = self._shards.size, set(self.missing)
+        there = subset(rows, [i for i in range(self.num_rows) if i // of_shard not in missing])
+        records = self.records("row", *ROW_COLUMNS, *EXAMPLE_COLUMNS)
+        for record, row, example in zip(records, there, tokenized(there, tokenizer, config, log=False), strict=True):
+            fault = content_fault(record, row, example, row_of(record), size)
+            if fault is not None:
+                path = Path(self.folder) / shard_name(record["row"] // of_shard)
+                place = f"{path}, row {record['row']} ({row.source}, row {row.index})"
+                raise D2OError(f"{place}, field '{fault[0]}': {fault[1]}; {MAKE_ANEW}")
 
     @functools.cached_property
     def usable(self) -> Sequence[int]:
