@@ -107,7 +107,11 @@ def _opened(
     require_complete: bool = False,
 ) -> AnchorStore:
     """The store in ``folder``, whose conditions and records are those of ``rows``."""
-    AnchorStore(str(folder), read_manifest(folder), []).check(fingerprint)  # before every shard is read
+    manifest = read_manifest(folder)
+    AnchorStore(str(folder), manifest, []).check(fingerprint)  # before every shard is read
+    if manifest["num_rows"] != len(rows):
+        found = f"num_rows is {manifest['num_rows']}, but the data have {len(rows)} rows"
+        raise D2OError(f"{folder / 'manifest.json'}: {found}; remove the folder and sample again")
     store = AnchorStore.open(folder, require_complete)
     store.check_content(rows, tokenizer, config, vocabulary_size(model))
     return store

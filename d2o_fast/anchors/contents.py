@@ -21,12 +21,10 @@ MOST_SHARDS = 10_000_000  #: more are not believed
 #: A log-probability may be above 0 by rounding, and is never as low as LOWEST: nats per token.
 ROUNDING, LOWEST = 0.01, -10_000.0
 
-_IDENTITY = ("weights", "config", "adapter")
-_DIGESTS = (
-    "weights",
-    "model_config",
-    "adapter",
-    *(f"ref_{side}_{name}" for side in ("neg", "pos") for name in _IDENTITY),
+#: the fields of a fingerprint that name models by their content
+IDENTITIES = (
+    *("weights", "model_config", "adapter", "ref_neg_weights", "ref_neg_config", "ref_neg_adapter"),
+    *("ref_pos_weights", "ref_pos_config", "ref_pos_adapter"),
 )
 _IDS = ("prompt_ids", "rejected_ids", "anchors_ids")
 
@@ -62,7 +60,7 @@ def manifest_fault(manifest: Any) -> str | None:
     if fingerprint.get("dtype") not in ("float32", "bfloat16"):
         return _wrong("fingerprint.dtype", fingerprint.get("dtype"), "float32 or bfloat16")
     references = manifest.get("references", {})
-    texts = {f"fingerprint.{name}": fingerprint.get(name) for name in (*_DIGESTS, "sampling_instruction")}
+    texts = {f"fingerprint.{name}": fingerprint.get(name) for name in (*IDENTITIES, "sampling_instruction")}
     if not isinstance(references, dict):
         return _wrong("references", references, "an object")
     for name, value in {**texts, **{f"references.{name}": references[name] for name in references}}.items():
@@ -82,15 +80,24 @@ def _wrong(name: str, found: object, wanted: str) -> str:
 # --- The records of a shard ----------------------------------------------------------------------------------------
 
 
-def record_fault(table: pa.Table, fingerprint: Mapping[str, Any]) -> tuple[int, str, str] | None:
-    """(place in the table, field, what is wrong with it) of a record that no store has; None if there is none."""
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    for name, column in columns.items():
+def value_fault(table: pa.Table) -> tuple[int, str, str] | None:
+    """(place in the table, field, what is wrong with it) of a null or a negative token id; None if there is none."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
         if name != "rejected_ref_logp" and _has_null(column):
             return _first(column, _has_null), name, "it holds a null"
         if name in _IDS and _is_negative(column):
             return _first(column, _is_negative), name, f"the token id {pc.min(_leaves(column)).as_py()}"
-    lengths = {name: _lengths(columns[name]) for name in _IDS}
+    return None
+
+
+def record_fault(table: pa.Table, fingerprint: Mapping[str, Any]) -> tuple[int, str, str] | None:
+    """(place in the table, field, what is wrong with it) of a record that no store has; None if there is none.
+
+    Args:
+        table: a shard without nulls, with as many scores as anchors in every row.
+    """
+    lengths = {name: _lengths(table[name].combine_chunks()) for name in _IDS}
     for i, record in enumerate(table.drop_columns(list(_IDS)).to_pylist()):
         fault = _fault({**record, **{name: lengths[name][i] for name in _IDS}}, fingerprint)
         if fault is not None:

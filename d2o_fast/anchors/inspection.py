@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from d2o_fast.anchors.contents import IDENTITIES
 from d2o_fast.anchors.filters import counts_text, token_overlap
 from d2o_fast.anchors.references import describe_references
 from d2o_fast.anchors.shards import read_manifest
@@ -63,14 +64,18 @@ def inspect(folder: Path) -> str:
         if record["row"] in shown:
             samples += _sample(record)
     settings = ("num_generations", "temperature", "top_p", "sampling_seed", "max_completion_length", "dtype")
-    instruction = store.fingerprint["sampling_instruction"]
+    instruction = store.fingerprint.get("sampling_instruction")
+    absent = [name for name in IDENTITIES if name not in store.fingerprint]
+    if absent:
+        raise D2OError(f"{folder}/manifest.json: fingerprint.{absent[0]} is missing; make the store again")
+    names = {"neg": None, "pos": None, **read_manifest(folder).get("references", {})}
     anchors, negatives, dropped = seen.anchors.total(), seen.negatives.total(), seen.dropped
     lines = [
         f"{folder}: {negatives} of {store.num_rows} negatives"
         + (f"; {len(store.missing)} of {store.num_shards} shards are missing" if store.missing else ""),
         ", ".join(f"{name} {store.fingerprint[name]}" for name in settings),
         *([f"sampling_instruction {instruction!r}"] if instruction else []),
-        f"references: {describe_references(store.fingerprint, read_manifest(folder)['references'])}",
+        f"references: {describe_references(store.fingerprint, names)}",
         f"{seen.texts.distinct()} prompts, {anchors} anchors ({seen.sampled} sampled, {anchors - seen.sampled} given "
         "with the data)",
         f"{seen.sampled + dropped.total()} draws, of which the filters dropped {dropped.total()}"
@@ -105,7 +110,7 @@ class _Counts:
         self.cut_negatives += negative[-1] not in ends
         self.dropped.update(record["dropped"])
         if not anchors:
-            self.lost.append(f"  {record['source']}, row {record['source_row']}: {counts_text(record['dropped'])}")
+            self.lost.append(f"  {_source(record)}: {counts_text(record['dropped'])}")
             return
         self.anchors.update(map(len, anchors))
         self.sampled += len(anchors) if record["sampled"] else 0
@@ -175,8 +180,14 @@ def _share(what: str, count: int, among: int) -> str:
     return f"{what}: {count} of {among} ({count / among:.1%})"
 
 
+def _source(record: dict[str, Any]) -> str:
+    """File and row; a name that would act on the terminal is shown with escapes."""
+    name = record["source"] if record["source"].isprintable() else repr(record["source"])
+    return f"{name}, row {record['source_row']}"
+
+
 def _sample(record: dict[str, Any]) -> list[str]:
-    lines = [f"  {record['source']}, row {record['source_row']}: {shortened(record['prompt'], 200)!r}"]
+    lines = [f"  {_source(record)}: {shortened(record['prompt'], 200)!r}"]
     lines.append(f"    negative {record['rejected_ref_logp']:9.2f}  {shortened(record['rejected'], 200)!r}")
     for text, logp in list(zip(record["anchors"], record["anchors_ref_logps"], strict=True))[:3]:
         lines.append(f"    anchor   {logp:9.2f}  {shortened(text, 200)!r}")

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2o_fast.anchors.contents import manifest_fault, record_fault
+from d2o_fast.anchors.contents import manifest_fault, record_fault, value_fault
 from d2o_fast.errors import D2OError, shortened
 from d2o_fast.files import atomic_file, read_file
 
@@ -145,18 +145,32 @@ def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
     path = folder / shard_name(i)
     if not os.path.lexists(path):
         return None
-    fix = MAKE_ANEW
     try:
         digest = read_file(folder / f"{path.name}.sha256").decode().split()[0]
     except (FileNotFoundError, UnicodeDecodeError, IndexError) as error:
-        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing or damaged; {fix}") from error
-    table = _table(path, _verified(path, digest), manifest["fingerprint"]["sampling_batch_size"])
+        raise D2OError(f"{path}: its digest {path.name}.sha256 is missing or damaged; {MAKE_ANEW}") from error
     fingerprint = manifest["fingerprint"]
     size, k = fingerprint["sampling_batch_size"], fingerprint["num_generations"]
-    draws = fingerprint["num_draws"] or k
+    draws = fingerprint.get("num_draws") or k
+    table = _table(path, _verified(path, digest), size)
     rows = list(range(i * size, min((i + 1) * size, manifest["num_rows"])))
     if table["row"].to_pylist() != rows:
-        raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {fix}")
+        raise D2OError(f"{path} does not hold the rows {rows[0]} to {rows[-1]}; {MAKE_ANEW}")
+    _refuse(path, rows, table, value_fault(table))
+    _check_counts(path, rows, table, k, draws)
+    _refuse(path, rows, table, record_fault(table, fingerprint))
+    return digest
+
+
+def _refuse(path: Path, rows: Sequence[int], table: pa.Table, fault: tuple[int, str, str] | None) -> None:
+    if fault is not None:
+        place, field, found = fault
+        source = f"{table['source'][place].as_py()}, row {table['source_row'][place].as_py()}"
+        where = f"row {rows[place]} ({shortened(repr(source), 100)}), field '{field}'"
+        raise D2OError(f"{path}, {where}: {found}; {MAKE_ANEW}")
+
+
+def _check_counts(path: Path, rows: Sequence[int], table: pa.Table, k: int, draws: int) -> None:
     counts = ("dropped", "anchors_ids", "anchors", "anchors_ref_logps", "anchors_tokens")
     columns = [table[name].combine_chunks().value_lengths().to_pylist() for name in counts]
     scored = table["rejected_ref_logp"].is_valid().to_pylist()
@@ -167,18 +181,10 @@ def check_shard(folder: Path, i: int, manifest: dict[str, Any]) -> str | None:
         given = not sampled and lengths[0] >= 1 and dropped == 0
         if len(set(lengths)) != 1 or not (wanted or given):
             found = f"{lengths[0]} anchors, {lengths[2]} scores and {dropped} dropped draws"
-            raise D2OError(f"{path}, row {row}: {found}, of {draws} draws for {k} anchors; {fix}")
+            raise D2OError(f"{path}, row {row}: {found}, of {draws} draws for {k} anchors; {MAKE_ANEW}")
         if has_score != (lengths[0] > 0):
-            raise D2OError(
-                f"{path}, row {row}: {lengths[0]} anchors, but {'a' if has_score else 'no'} score of the "
-                f"negative; {fix}"
-            )
-    fault = record_fault(table, fingerprint)
-    if fault is not None:
-        place, field, found = fault
-        source = f"{table['source'][place].as_py()}, row {table['source_row'][place].as_py()}"
-        raise D2OError(f"{path}, row {rows[place]} ({shortened(repr(source), 100)}), field '{field}': {found}; {fix}")
-    return digest
+            found = f"{lengths[0]} anchors, but {'a' if has_score else 'no'} score of the negative"
+            raise D2OError(f"{path}, row {row}: {found}; {MAKE_ANEW}")
 
 
 def read_shard(folder: Path, i: int, digest: str, columns: Sequence[str]) -> pa.Table:

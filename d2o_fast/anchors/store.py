@@ -138,8 +138,6 @@ class AnchorStore:
         Raises:
             D2OError: a record holds another prompt, negative or given anchor, or an id that the model does not have.
         """
-        if len(rows) != self.num_rows:
-            raise D2OError(f"{self.folder}: it holds {self.num_rows} rows, the data have {len(rows)}")
         of_shard, missing = self._shards.size, set(self.missing)
         there = subset(rows, [i for i in range(self.num_rows) if i // of_shard not in missing])
         records = self.records("row", *ROW_COLUMNS, *EXAMPLE_COLUMNS)
