@@ -113,8 +113,12 @@ def write_shard(folder: Path, i: int, table: pa.Table) -> str:
     name, digest = shard_name(i), hashlib.sha256(data).hexdigest()
     with atomic_file(folder / f"{name}.sha256") as file:
         file.write(f"{digest}  {name}\n".encode())
-    with atomic_file(folder / name) as file:  # last, so that every shard has a digest
-        file.write(data)
+    try:
+        with atomic_file(folder / name) as file:  # last, so that every shard has a digest
+            file.write(data)
+    except D2OError:
+        (folder / f"{name}.sha256").unlink()
+        raise
     return digest
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -455,3 +456,44 @@ def test_damaged_files_without_the_data(folder: Path) -> None:
 def test_a_manifest_without_references_can_be_inspected(folder: Path) -> None:
     _manifest(references=...)(folder)
     assert "13 of 13 negatives" in inspect(folder)
+
+
+# --- While a store is made ---
+
+
+def test_a_disk_that_is_full_while_anchors_are_made(whole: Path, tmp_path: Path) -> None:
+    """The shards that are made stay; the next call makes the others, with the same bits."""
+    sizes = [(whole / f"shard-{i:05d}.parquet").stat().st_size for i in range(4)]
+    assert sizes[0] < sizes[2], "another shard is the largest"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[2] - 1, hard))
+    try:
+        found = _refusal(lambda: _made(tmp_path / "store"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert found is not None
+    assert re.search(r"shard-0000\d\.parquet cannot be written: File too large\. .*run the same command again", found)
+    assert set(os.listdir(tmp_path / "store")) < set(os.listdir(whole)), "whole files only"
+    assert len(list((tmp_path / "store").glob("*.parquet"))) == len(list((tmp_path / "store").glob("*.sha256"))) > 0
+    _made(tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(whole)
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside", "link"])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("none")
+    with pytest.raises(D2OError, match=rf"{place} cannot be written: "):
+        _made(tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_lock_that_is_a_symlink(folder: Path) -> None:
+    (folder.parent / "precious").write_text("mine")
+    (folder / ".lock").symlink_to(folder.parent / "precious")
+    assert _made(folder).complete, "a store that is complete is only read"
+    (folder / SHARD).unlink()
+    with pytest.raises(D2OError, match=r"\.lock is not a regular file"):
+        _made(folder)
+    assert (folder.parent / "precious").read_text() == "mine"
