@@ -18,7 +18,7 @@ from typing import Any
 
 from d2o_fast.arguments import COMMANDS, instead, parse, parser
 from d2o_fast.config import D2OConfig
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _run(command, arguments[1:])
     except D2OError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -77,10 +77,18 @@ def _show_log() -> None:
         return not (message in seen or seen.add(message))  # type: ignore[func-returns-value]
 
     handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
     handler.addFilter(is_new)
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class _Printable(logging.Formatter):
+    """Formats no escape sequence of a server, a file or a library into the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _help() -> str:

@@ -31,9 +31,18 @@ class FingerprintError(D2OError):
         )
 
 
+def printable(text: str) -> str:
+    """``text`` with every control, format and unpaired surrogate character but newline and tab written as an escape.
+
+    A terminal obeys such characters: they move the cursor, clear lines and hide text.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def shortened(text: str, limit: int = 40, one_line: bool = False) -> str:
-    """``text``, or its beginning and an ellipsis. ``one_line`` replaces all white space by single spaces."""
+    """Printable ``text``, or its beginning and an ellipsis. ``one_line`` replaces all white space by single spaces."""
     text = " ".join(text.split()) if one_line else text
+    text = printable(text[: limit + 1])  # the rest may be millions of characters
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
