@@ -128,7 +128,8 @@ def read_file(name: str) -> dict[str, Any]:
             value.
     """
     try:
-        settings = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_Loader)
+        with open(name, encoding="utf-8") as file:  # errors of a stream show no line of it, which may hold a password
+            settings = yaml.load(file, Loader=_Loader)
     except OSError as error:
         raise D2OError(f"the settings file '{name}' cannot be read: {error.strerror}") from error
     except _TwiceError as error:
