@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from ipaddress import ip_address
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
@@ -20,8 +23,10 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
     Args:
         rules: ``min``, ``above``, ``max``, ``below`` bound a number, which is always finite. ``needs`` names another
             setting, without which this one has no effect. ``fixed``: a resumed run keeps it. ``fingerprint``: stored
-            anchors depend on it. ``filter``: it decides which draws become anchors. ``rounds``: it
-            changes results by rounding only.
+            anchors depend on it. ``filter``: it decides which draws become anchors. ``rounds``: it changes results by
+            rounding only. ``form``: a function that says whether a text will do; ``wanted`` is its rule in words.
+            ``shows``: the characters of a text that messages may show; a text with any other may be a secret, and no
+            message shows it.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **rules})
@@ -50,6 +55,8 @@ def read(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
         value = os.fspath(value)
     if kind in (int, float):
         return value if type(value) in (int, kind) and _in_range(value, rules) else MISFIT
+    if kind is str and isinstance(value, str) and "form" in rules and not rules["form"](value):
+        return MISFIT
     return value if type(value) is kind else MISFIT
 
 
@@ -66,7 +73,55 @@ def words(kind: Any, rules: Mapping[str, Any]) -> str:
     bounds = " and ".join(f"{sign} {rules[rule]}" for rule, sign in _SIGNS.items() if rule in rules)
     if kind is float and not bounds:
         return "a finite number"
+    if kind is str and "wanted" in rules:
+        return str(rules["wanted"])
     return f"{_WORDS[kind]} {bounds}" if bounds and kind in (int, float) else _WORDS[kind]
+
+
+def hidden(value: object, shows: str) -> str | None:
+    """Words in place of a ``value`` that may be a secret; None if all its characters are in ``shows``."""
+    found = "a text" if isinstance(value, str) else f"a value of the type {type(value).__name__}"
+    odd = [character for character in value if character not in shows] if isinstance(value, str) else [""]
+    if not odd:
+        return None
+    return f"{found}{f' with {odd[0]!a}' if shows and odd[0] else ''}, not shown because it may hold a secret"
+
+
+#: characters of an address; a text with any other may hold a password
+PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._/:[]"
+_LABEL = r"(?!-)[\w-]{1,63}(?<!-)"
+_ADDRESS = re.compile(
+    rf"https?://(?P<host>{_LABEL}(?:\.{_LABEL})*\.?|\[(?P<six>[\da-f:.]+)\])(?::(?P<port>\d{{1,5}}))?(?:/[\w.~/%+:-]*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def is_address(text: str) -> bool:
+    """Whether ``text`` is an http or https address of host, port and path alone."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or len(found["host"]) > 253 or not 0 < int(found["port"] or 80) < 2**16:
+        return False
+    return found["six"] is None or _ip(found["six"]) is not None
+
+
+def is_confidential(address: str) -> bool:
+    """Whether nobody between here and ``address`` can read a request: https, or this machine itself."""
+    parts = urlsplit(address)
+    host = (parts.hostname or "").rstrip(".")
+    return parts.scheme == "https" or host == "localhost" or getattr(_ip(host), "is_loopback", False)
+
+
+def is_variable(text: str) -> bool:
+    """Whether ``text`` can be the name of an environment variable."""
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None
+
+
+def _ip(text: str) -> Any:
+    """The IP address in ``text``, or None."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
 
 
 def is_blank(value: object) -> bool:

@@ -12,7 +12,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from d2o_fast.checks import MISFIT, is_blank, read, setting, words
+from d2o_fast.checks import (
+    MISFIT,
+    PLAIN,
+    hidden,
+    is_address,
+    is_blank,
+    is_confidential,
+    is_variable,
+    read,
+    setting,
+    words,
+)
 from d2o_fast.errors import D2OError, refusal
 
 
@@ -82,10 +93,23 @@ class D2OConfig:
         None, "a system message, or a text with {prompt}, used only to draw anchors", fingerprint=True
     )
     server_url: str | None = setting(
-        None, "address of a server that draws the anchors (vLLM, SGLang), e.g. http://localhost:8000/v1"
+        None,
+        "server that draws the anchors (vLLM, SGLang)",
+        form=is_address,
+        wanted="an address like 'http://localhost:8000/v1', without user, password, query or fragment "
+        "(server_api_key_env is for an API key)",
+        shows=PLAIN,
     )
     server_model: str | None = setting(
         None, "the server's name for the model; model_name_or_path if not given", needs="server_url"
+    )
+    server_api_key_env: str | None = setting(
+        None,
+        "environment variable with the server's API key, which is sent to server_url alone and written nowhere",
+        needs="server_url",
+        form=is_variable,
+        wanted="the name of an environment variable, not the key itself",
+        shows="",
     )
     server_concurrency: int = setting(16, "prompts at the server at a time", min=1)
     server_timeout: float = setting(600.0, "most seconds for one request", above=0)
@@ -211,10 +235,10 @@ class D2OConfig:
             setattr(self, name, checked(name, getattr(self, name)))
         for name, needed in having("needs").items():
             if getattr(self, name) != DEFAULTS[name] and not getattr(self, needed):
-                raise refusal(name, getattr(self, name), f"left out, or {needed} set: it would decide nothing")
+                raise _refusal(name, getattr(self, name), f"left out, or {needed} set: it would decide nothing")
         for fits, name, wanted in self._relations():
             if not fits:
-                raise refusal(name, getattr(self, name), wanted)
+                raise _refusal(name, getattr(self, name), wanted)
 
     def _relations(self) -> list[tuple[bool, str, str]]:
         """(whether the rule holds, the setting to name, its allowed values) of every rule for two settings."""
@@ -244,6 +268,12 @@ class D2OConfig:
                 anchors_stay or self.server_url is None,
                 "refresh_every",
                 "0 while server_url is set: the server has the initial weights and not those of the policy in training",
+            ),
+            (
+                self.server_url is None or self.server_api_key_env is None or is_confidential(self.server_url),
+                "server_url",
+                "an https address, or one of this machine, while server_api_key_env is set: over plain http others can "
+                "read the key",
             ),
             (
                 anchors_stay or self.ref_model_neg is None,
@@ -304,8 +334,15 @@ def checked(name: str, value: object) -> Any:
         wanted = allowed(name)
         if isinstance(value, float) and not math.isfinite(value) and "finite" not in wanted:
             wanted += ", and finite"
-        raise refusal(name, value, wanted)
+        raise _refusal(name, value, wanted)
     return _loggers(found) if name == "report_to" else found
+
+
+def _refusal(name: str, found: object, wanted: str) -> D2OError:
+    """``refusal``, which shows no value that may be a secret."""
+    shows = FIELDS[name].metadata.get("shows")
+    instead = None if shows is None else hidden(found, shows)
+    return refusal(name, found, wanted) if instead is None else D2OError(f"{name} is {instead}; it must be {wanted}")
 
 
 def allowed(name: str) -> str:

@@ -31,11 +31,12 @@ from d2o_fast.errors import D2OError
 from d2o_fast.training import checkpoint as ckpt
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter"}
+RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter", "form", "wanted", "shows"}
 NUMBERS = {int, float}
 #: other settings that a setting requires
 BESIDE: dict[str, dict[str, Any]] = {
     "server_model": {"server_url": "http://localhost:1/v1"},
+    "server_api_key_env": {"server_url": "http://localhost:1/v1"},
     "server_concurrency": {"server_url": "http://localhost:1/v1"},
     "server_timeout": {"server_url": "http://localhost:1/v1"},
     "min_anchor_score": {"anchor_score": "m:f"},
@@ -138,7 +139,8 @@ def right_values(name: str) -> list[Any]:
     kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
     right: list[Any] = [DEFAULTS[name], *choices_of(name)]
     right += [True, False] if bool in kinds else []
-    right += ["some/text"] if str in kinds and name != "report_to" else []
+    form = {"server_url": "http://[::1]:8000/some/text", "server_api_key_env": "SOME_TEXT"}
+    right += [form.get(name, "some/text")] if str in kinds and name != "report_to" else []
     right += [["a", "b"]] if list[str] in kinds and name != "report_to" else []
     if NUMBERS & kinds:
         low, high = rules.get("min", rules.get("above", 1)), rules.get("max", rules.get("below", 1000))
