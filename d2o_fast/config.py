@@ -112,7 +112,7 @@ class D2OConfig:
         shows="",
     )
     server_concurrency: int = setting(16, "prompts at the server at a time", min=1)
-    server_timeout: float = setting(600.0, "most seconds for one request", above=0)
+    server_timeout: float = setting(600.0, "most seconds for one request", above=0, max=1e6)
     ref_model_neg: str | None = setting(
         None, "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given"
     )

@@ -57,7 +57,14 @@ class Drawer:
         self._weights_checked = False
         if config.server_url is not None:
             name = config.server_model or config.model_name_or_path
-            self.server = ServerSampler(config.server_url, name, config.server_concurrency, config.server_timeout)
+            self.server = ServerSampler(
+                config.server_url,
+                name,
+                config.server_concurrency,
+                config.server_timeout,
+                key_variable=config.server_api_key_env,
+                vocabulary=vocabulary_size(model),
+            )
         self.filter = AnchorFilter(tokenizer, config, stops, base_of(model).device)
 
     def with_anchors(
@@ -139,10 +146,6 @@ class Drawer:
         if not draws:
             logger.info("%s tells no log-probabilities of tokens: its weights are not checked", server.url)
             return
-        other = f"{server.url} serves another model than the initial one as '{server.model}'"
-        largest, size = max(token for draw in draws for token in draw.token_ids or ()), vocabulary_size(self.model)
-        if largest >= size:
-            raise D2OError(f"{other}: it drew the token {largest} of {size}. Serve model_name_or_path itself")
         first, *others = [list(draw.token_ids or ()) for draw in draws]
         batch = pack([Example(prompt.token_ids, first, others, [])], self.pad).to(base_of(self.model).device)
         here = token_logps(decoder_of(self.model), self.model, batch, self.config).tolist()
@@ -152,6 +155,7 @@ class Drawer:
         found = f"{len(here)} tokens have log-probabilities {apart:.2g} nats from ours on average, and {limit:.2g}"
         logger.info("%s: %s would be too far", server.url, found)
         if not apart <= limit:
+            other = f"{server.url} serves another model than the initial one as '{server.model}'"
             raise D2OError(f"{other}: {found} is the most. Serve model_name_or_path itself")
 
 

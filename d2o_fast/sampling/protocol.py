@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Row
 from d2o_fast.data.tokens import Encoder
-from d2o_fast.errors import D2OError, DataError, shortened
+from d2o_fast.errors import DataError, shortened
+from d2o_fast.sampling.post import Fault
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,6 @@ class Sampling:
     top_p: float
     eos_token_ids: tuple[int, ...]
     seed: tuple[int | str, ...]
-
-
-class TransientError(Exception):
-    """A fault that may be over at the next attempt. ``after``: seconds that the server asks to wait."""
-
-    def __init__(self, found: str, after: float = 0.0) -> None:
-        super().__init__(found)
-        self.after = after
 
 
 def request_seed(*parts: int | str) -> int:
@@ -137,55 +131,140 @@ FORMS: tuple[RequestForm, ...] = (as_fields_for_ids, as_fields, as_generation_co
 # --- Answers -----------------------------------------------------------------------------------------------------
 
 
-def parse(answer: Any, prompt: ServerPrompt, n: int, server: str) -> list[Draw]:
+#: A kind of value: its description, and whether a value is of it.
+Kind = tuple[str, Callable[[Any], bool]]
+_OTHER = "The server speaks another protocol than OpenAI's, or is damaged. Check server_url and its log"
+
+
+def _fields(vocabulary: int) -> dict[str, Kind]:
+    """Every field of an answer that is read, parents first. ``[]``: each item of the list.
+
+    A field may be missing or null; an item may not.
+    """
+    an_object, a_list, text = ("an object", _is(dict)), ("a list", _is(list)), ("a text in Unicode", _is_text)
+    count, token = _integer("a number of tokens", 2**53), _integer(f"a token id below {vocabulary}", vocabulary)
+    ids = {"prompt_token_ids": a_list, "prompt_token_ids[]": _integer("a token id", 2**53)}
+    choice: dict[str, Kind] = {
+        "text": text,
+        "message": an_object,
+        "message.content": text,
+        "finish_reason": text,
+        **ids,
+        "token_ids": a_list,
+        "token_ids[]": token,
+        "logprobs": an_object,
+        "logprobs.token_logprobs": a_list,
+        "logprobs.token_logprobs[]": ("a log-probability (at most 0) or null", _is_logp),
+    }
+    return {
+        "": an_object,
+        **ids,
+        "usage": an_object,
+        "usage.prompt_tokens": count,
+        "choices": a_list,
+        "choices[]": an_object,
+        **{f"choices[].{name}": kind for name, kind in choice.items()},
+    }
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+def _integer(words: str, below: int) -> Kind:
+    return words, lambda value: type(value) is int and 0 <= value < below
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_logp(value: Any) -> bool:
+    # 1e-3: rounding of half precision; the bound below is finite, and NaN is within no bounds
+    return value is None or (type(value) in (int, float) and -1e30 < value < 1e-3)
+
+
+def _values(value: Any, path: str, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, value) of every value at ``path``."""
+    if not path:
+        yield place or "the answer", value
+        return
+    head, _, rest = path.partition(".")
+    name = head.removesuffix("[]")
+    value, place = value.get(name), f"{place}.{name}" if place else name
+    if value is None:
+        return
+    found = [(f"{place}[{i}]", item) for i, item in enumerate(value)] if head != name else [(place, value)]
+    for at, item in found:
+        yield from _values(item, rest, at)
+
+
+def _refuse_misfits(answer: Any, vocabulary: int) -> None:
+    for path, (wanted, fits) in _fields(vocabulary).items():
+        for place, value in _values(answer, path):
+            if not fits(value):
+                raise Fault(f"an answer in which {place} is {_brief(value)}; it must be {wanted}", _OTHER)
+
+
+def _brief(value: Any) -> str:
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 80, 80, 40
+    return shortened(short.repr(value), 200, one_line=True)
+
+
+def parse(answer: Any, prompt: ServerPrompt, n: int, vocabulary: int) -> list[Draw]:
     """The draws in an answer to a request for ``n`` of them: between 1 and ``n``.
 
+    Args:
+        vocabulary: number of token ids that exist.
+
     Raises:
-        TransientError: the answer holds something other than responses.
-        D2OError: the answer holds more than ``n``, or the server read the prompt as other tokens.
+        Fault: the answer holds something other than responses, or more than asked for; the server read the prompt as
+            other tokens.
     """
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or not choices:
-        raise TransientError(f"an answer without choices: {shortened(json.dumps(answer), 200, one_line=True)}")
+    _refuse_misfits(answer, vocabulary)
+    choices = answer.get("choices")
+    if not choices:
+        raise Fault(f"an answer without choices: {_brief(answer)}")
     if len(choices) > n:
-        raise D2OError(f"{server}: {len(choices)} choices to {prompt.place}, where {n} were asked for")
-    _refuse_other_prompt(answer, prompt, server)
-    draws = [_draw(choice) for choice in choices]
+        raise Fault(f"an answer of {len(choices)} choices, where {n} were asked for", _OTHER)
+    _refuse_other_prompt(answer, prompt)
+    draws = [_draw(choice, f"choices[{i}]") for i, choice in enumerate(choices)]
     told = sum(draw.token_ids is not None for draw in draws)
     if 0 < told < len(draws):
-        raise TransientError(f"an answer with the tokens of {told} of its {len(draws)} choices")
+        raise Fault(f"an answer with the tokens of {told} of its {len(draws)} choices")
     return draws
 
 
-def _refuse_other_prompt(answer: dict[str, Any], prompt: ServerPrompt, server: str) -> None:
+def _refuse_other_prompt(answer: dict[str, Any], prompt: ServerPrompt) -> None:
     # vLLM puts the prompt's ids beside the choices in a chat, else into each choice. SGLang puts them into each choice.
-    ids = answer.get("prompt_token_ids") or answer["choices"][0].get("prompt_token_ids")
-    usage = answer.get("usage")
-    count = len(ids) if ids else usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    differs = ""
-    if count is not None and count != len(prompt.token_ids):
-        differs = f"as {count} tokens, and here it has {len(prompt.token_ids)}"
-    elif ids and ids != prompt.token_ids:
-        i = next(i for i, (there, here) in enumerate(zip(ids, prompt.token_ids, strict=True)) if there != here)
-        differs = f"with {ids[i]} as its token {i + 1}, and here that is {prompt.token_ids[i]}"
+    told = [ids for found in (answer, *answer["choices"]) if (ids := found.get("prompt_token_ids"))]
+    counts = [len(ids) for ids in told] if told else [(answer.get("usage") or {}).get("prompt_tokens")]
+    here, differs = prompt.token_ids, ""
+    if other := [count for count in counts if count not in (None, len(here))]:
+        differs = f"as {other[0]} tokens, and here it has {len(here)}"
+    elif ids := next((ids for ids in told if ids != here), None):
+        i = next(i for i in range(len(here)) if ids[i] != here[i])
+        differs = f"with {ids[i]} as its token {i + 1}, and here that is {here[i]}"
     if differs:
-        raise D2OError(
-            f"{server} reads {prompt.place} {differs}: the server has another tokenizer, chat template or habit of "
-            "adding BOS. Serve model_name_or_path itself"
+        raise Fault(
+            f"the server reads the prompt {differs}",
+            "It has another tokenizer, chat template or habit of adding BOS. Serve model_name_or_path itself",
         )
 
 
-def _draw(choice: dict[str, Any]) -> Draw:
-    message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    reason, ids = choice.get("finish_reason"), choice.get("token_ids")
+def _draw(choice: dict[str, Any], place: str) -> Draw:
+    message, logprobs = choice.get("message"), choice.get("logprobs") or {}
+    text = choice.get("text") if message is None else message.get("content")
+    reason, ids, logps = choice.get("finish_reason"), choice.get("token_ids"), logprobs.get("token_logprobs")
     if ids is not None:
         text = text or ""  # a server that parses reasoning or tool calls may return none
-    if not isinstance(text, str) or reason not in ("stop", "length"):
-        found = shortened(json.dumps(choice), 200, one_line=True)
-        raise TransientError(f"a choice that is no response (finish_reason {reason!r}): {found}")
-    logprobs = choice.get("logprobs")
-    logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if text is None or reason not in ("stop", "length"):
+        raise Fault(f"a choice that is no response (finish_reason {_brief(reason)}): {_brief(choice)}")
+    if ids is not None and logps is not None and len(ids) != len(logps):
+        if reason != "stop" or abs(len(ids) - len(logps)) > 1:
+            raise Fault(f"an answer with {len(logps)} log-probabilities of the {len(ids)} tokens in {place}", _OTHER)
+        logps = None  # some servers leave the stop token out of one of them
     return Draw(
         text,
         reason == "stop",
@@ -224,7 +303,7 @@ def tokenize_drawn(
             stop = next((i for i, token in enumerate(ids) if token in stops), None)
             ids = ids[: stop + 1] if stop is not None else [*ids, *(end if draw.ended else [])]
             if not ids:
-                found = f"the sampler returned {draw.text!r}, of which the tokenizer makes no tokens"
+                found = f"the sampler returned {shortened(draw.text)!r}, of which the tokenizer makes no tokens"
                 raise DataError(row.source, row.index, "anchors", found, "Change sampling_seed")
             responses.append(ids[: config.max_completion_length])
         out.append(responses)

@@ -7,8 +7,9 @@ explicit, because servers fill missing ones from the model's ``generation_config
 If a server returns the drawn token ids, they are the anchor. If it returns only text, ``tokenize_drawn`` makes the ids.
 
 A prompt's K draws are requested at once (``n``). Missing ones (``transformers serve`` ignores ``n``) are requested one
-by one. Transient failures (a refused connection, a time-out, 429, 5xx, half an answer) are retried with the same seed.
-Any other failure raises D2OError, and so does the last attempt's. So every prompt gets K responses.
+by one. Transient faults (a refused connection, a time-out, 429, 5xx, half an answer) are retried with the same seed.
+Any other fault raises D2OError, and so does the last attempt's. So every prompt gets K responses.
+``sampling/post.py`` sends a request, and ``sampling/protocol.py`` checks every value of an answer that is used.
 
 The seed of a request comes from sampling_seed, shard, row and draw. The server decides whether the same seed gives the
 same text. ``transformers serve`` seeds one generator for all its requests, so its texts repeat only if
@@ -19,26 +20,23 @@ K: responses of one prompt.
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError, shortened
+from d2o_fast.sampling.post import Fault, post, read_key
 from d2o_fast.sampling.protocol import (
     FORMS,
     Draw,
     RequestForm,
     Sampling,
     ServerPrompt,
-    TransientError,
     parse,
     request_seed,
 )
@@ -47,18 +45,16 @@ logger = logging.getLogger("d2o_fast")
 
 ATTEMPTS = 8  #: attempts of one request; with the delays below a server may be away for about a minute
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  #: seconds before the second attempt, then doubled up to the longest
-MAX_ANSWER = 64 << 20  #: bytes
 
-RETRYABLE = (408, 429, 500, 502, 503, 504)  #: HTTP statuses after which a retry may succeed
 OTHER_FORM = (400, 422)  #: HTTP statuses after which another form of request may succeed
 
 
 class _Refused(D2OError):
     """An HTTP status that a retry would not change."""
 
-    def __init__(self, status: int, found: str, place: str) -> None:
-        super().__init__(f"{place} ({found}). Check server_url, server_model and the server's log")
-        self.status, self.found = status, found
+    def __init__(self, fault: Fault, place: str) -> None:
+        super().__init__(f"{place} ({fault.found}). {fault.advice}")
+        self.status, self.found = fault.status, fault.found
 
 
 class ServerSampler:
@@ -69,15 +65,30 @@ class ServerSampler:
         model: the name under which it serves the initial model.
         concurrency: number of prompts under way at a time.
         timeout: seconds for one request, from the connection to the last byte.
+        key_variable: the environment variable that holds the API key; it is read at each request and never kept.
+        vocabulary: number of token ids of the model.
+
+    Raises:
+        D2OError: the address or the key cannot be used.
     """
 
-    def __init__(self, url: str, model: str, concurrency: int, timeout: float) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise D2OError(f"server_url is {url!r}; it must be like 'http://localhost:8000/v1'")
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        concurrency: int,
+        timeout: float,
+        *,
+        key_variable: str | None = None,
+        vocabulary: int = 2**31,
+    ) -> None:
+        D2OConfig(server_url=url, server_api_key_env=key_variable)  # checks them
+        read_key(key_variable)
         if not model:
             raise D2OError("server_model is not set: give the name under which the server serves the initial model")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.model, self.concurrency, self.timeout = model, concurrency, timeout
+        self.key_variable, self.vocabulary = key_variable, vocabulary
         self._form: RequestForm | None = None  # the form of request that the server accepts, once it is known
         self._tells_ids = False
         self._stop = threading.Event()
@@ -186,75 +197,41 @@ class ServerSampler:
         return draws
 
     def _request(self, prompt: ServerPrompt, n: int, body: dict[str, Any]) -> list[Draw]:
-        """Between 1 and ``n`` draws. Retries after a TransientError."""
+        """Between 1 and ``n`` draws. Retries after a transient fault."""
         url = self.url + prompt.path
         for attempt in range(ATTEMPTS):
-            try:
-                draws = parse(self._post(url, body, prompt.place), prompt, n, self.url)
-                if self._tells_ids and draws[0].token_ids is None:
-                    raise TransientError("an answer without the tokens, which this server told before")
-                return draws
-            except TransientError as fault:
-                delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), fault.after)
-                found = f"{url}, {prompt.place}: {fault} (attempt {attempt + 1} of {ATTEMPTS})"
-                logger.warning(found)
-                if attempt + 1 == ATTEMPTS or self._stop.wait(delay):
-                    raise D2OError(
-                        f"{found}. Check that the server runs (server_url, server_timeout {self.timeout:g} s) and look "
-                        "at its log; then start again: finished shards are kept"
-                    ) from fault
+            result = self._attempt(url, prompt, n, body)
+            if not isinstance(result, Fault):
+                return result
+            if result.advice and result.status != 200:
+                raise _Refused(result, f"{url} refuses {prompt.place}")
+            found = f"{url}, {prompt.place}: {result.found}"
+            if result.advice:
+                raise D2OError(f"{found}. {result.advice}")
+            found += f" (attempt {attempt + 1} of {ATTEMPTS})"
+            logger.warning(found)
+            delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), result.after)
+            if attempt + 1 == ATTEMPTS or self._stop.wait(delay):
+                raise D2OError(
+                    f"{found}. Check that the server runs (server_url, server_timeout {self.timeout:g} s"
+                    f"{_proxies()}) and look at its log; then start again: finished shards are kept"
+                )
         raise AssertionError("unreachable")
 
-    def _post(self, url: str, body: dict[str, Any], place: str) -> Any:
-        """Sends ``body`` and returns the parsed JSON answer."""
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        deadline = time.monotonic() + self.timeout
+    def _attempt(self, url: str, prompt: ServerPrompt, n: int, body: dict[str, Any]) -> list[Draw] | Fault:
+        # A Fault is returned and not raised: no traceback reaches the frames that hold the key.
+        key = read_key(self.key_variable)
+        limit = (4 << 20) + n * (body["max_tokens"] * 1024 + len(prompt.token_ids) * 32)  # bytes, ample
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                data = _read(response, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                found = f"HTTP {error.code} {error.reason}: {shortened(_error_text(error), 200, one_line=True)}"
-            if error.code in RETRYABLE:
-                raise TransientError(found, _retry_after(error)) from error
-            raise _Refused(error.code, found, f"{url} refuses {place}") from error
-        except TimeoutError as error:
-            raise TransientError(f"no answer within {self.timeout:g} s") from error
-        except urllib.error.URLError as error:
-            timed_out = isinstance(error.reason, TimeoutError)
-            raise TransientError(f"no answer within {self.timeout:g} s" if timed_out else f"{error.reason}") from error
-        except http.client.IncompleteRead as error:
-            raise TransientError(f"half an answer ({len(error.partial)} bytes, then the end)") from error
-        except (http.client.HTTPException, OSError) as error:
-            raise TransientError(f"{type(error).__name__}: {error}") from error
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            found = shortened(data[-60:].decode("utf-8", "replace"), 200, one_line=True)
-            raise TransientError(f"an answer of {len(data)} bytes that is not JSON, ending in {found!r}") from error
+            draws = parse(post(url, body, self.timeout, key, limit), prompt, n, self.vocabulary)
+            if self._tells_ids and draws[0].token_ids is None:
+                raise Fault("an answer without the tokens, which this server told before")
+            return draws
+        except Fault as fault:
+            return fault.without(key)
 
 
-def _read(response: Any, deadline: float) -> bytes:
-    # The socket's time-out applies to each read, so a server that sends a byte now and then would never reach it.
-    data = bytearray()
-    while part := response.read1(1 << 16):
-        data += part
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if len(data) > MAX_ANSWER:
-            raise TransientError(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-    if response.length:  # bytes that Content-Length promised and that did not come
-        raise http.client.IncompleteRead(bytes(data), response.length)
-    return bytes(data)
-
-
-def _error_text(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(1000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException) as broken:
-        return f"(its text cannot be read: {broken})"
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    seconds = error.headers.get("Retry-After") or ""
-    return min(float(seconds), 2 * LONGEST_DELAY) if seconds.isdecimal() else 0.0
+def _proxies() -> str:
+    return (
+        "; proxies of the environment are not used" if {"http", "https", "all"} & {*urllib.request.getproxies()} else ""
+    )
