@@ -6,17 +6,17 @@ The value of a flag is read as YAML, like the file's. ``d2o_fast/config.py`` che
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 
-from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, checked
-from d2o_fast.errors import D2OError, refusal
+from d2o_fast.checks import local_path
+from d2o_fast.config import DEFAULTS, FIELDS, KINDS, allowed, checked, instead
+from d2o_fast.errors import D2OError, refusal, shown
 
 COMMANDS = {
     "demo": "align a small model from start to finish and show the result",
@@ -26,6 +26,8 @@ COMMANDS = {
     "eval": "compare the initial and the trained model on held-out data: loss, rewards, judge",
     "doctor": "show this machine's devices and software, and which paths run on them",
 }
+_TAG = "tag:yaml.org,2002:"
+_LARGEST_FILE = 1 << 20  # bytes
 _FILE = {"--config": {"metavar": "FILE", "help": "the settings file; it may also come first, without --config"}}
 #: the arguments of each command; a command with --config also takes every setting as a flag
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -65,19 +67,24 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[
     if takes_settings and arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
     names = [name.removeprefix("--") for name in own] + (list(FIELDS) if takes_settings else [])
-    for flag in (argument for argument in arguments if argument.startswith("--")):
-        name = flag[2:].split("=")[0]
+    flags = [argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")]
+    for i, name in enumerate(flags):
         if name not in names:
             raise D2OError(f"unknown flag --{name}{instead(name, names, '--')}")
+        if name in flags[:i]:
+            raise D2OError(f"the flag --{name} is given twice")
     try:
         options = vars(parser(command).parse_args(arguments))
     except ArgumentError as error:
         raise D2OError(f"{' '.join(str(error).split())}. See d2o {command} --help") from error
-    if not takes_settings:
-        return options, {}
-    file = options.pop("config")
-    flags = {name: _flag_value(name, options.pop(name)) for name in FIELDS if name in options}
-    return options, {**({} if file is None else read_file(file)), **flags}
+    file = options.pop("config", None)
+    settings = {} if file is None else read_file(file)
+    if takes_settings:
+        settings |= {name: _flag_value(name, options.pop(name)) for name in FIELDS if name in options}
+    for name, value in options.items():
+        if isinstance(value, Path) or (name == "eval_model" and value is not None):
+            options[name] = type(value)(local_path(name, str(value), "any"))
+    return options, settings
 
 
 def parser(command: str) -> Any:
@@ -109,8 +116,8 @@ def _flag_value(name: str, text: str) -> Any:
     if str in kinds and not is_list and not (text == "null" and NoneType in kinds):
         return text
     try:
-        return _typed(name, yaml.load(text, Loader=_Loader))
-    except (yaml.YAMLError, _TwiceError) as error:
+        return _typed(name, _value(yaml.compose(text, Loader=_Loader)))
+    except (yaml.YAMLError, RecursionError) as error:
         raise refusal(name, text, allowed(name)) from error
 
 
@@ -127,53 +134,90 @@ def read_file(name: str) -> dict[str, Any]:
         D2OError: the file cannot be read or is not YAML; a name is unknown or set twice; a setting does not take its
             value.
     """
+    path = local_path("the settings file", name, "file")
     try:
-        with open(name, encoding="utf-8") as file:  # errors of a stream show no line of it, which may hold a password
-            settings = yaml.load(file, Loader=_Loader)
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise D2OError(f"the settings file '{name}' cannot be read: {error.strerror}") from error
-    except _TwiceError as error:
-        raise D2OError(f"{name}: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise D2OError(f"the settings file '{name}' is not YAML: {' '.join(str(error).split())}") from error
-    if settings is not None and not isinstance(settings, dict):
-        raise D2OError(f"the settings file '{name}' must hold lines of the form 'name: value'")
-    found = {}
-    for key, value in (settings or {}).items():
+    if len(data) > _LARGEST_FILE:
+        raise D2OError(f"{name}: more than {_LARGEST_FILE >> 20} MiB are no settings file")
+    found, lines = dict[str, Any](), dict[str, int]()
+    for key, line, node in _settings_in(data, name):
+        if key in lines:
+            raise D2OError(f"{name}: '{key}' is set twice, in lines {lines[key]} and {line}")
+        lines[key] = line
         if key not in FIELDS:
-            raise D2OError(f"{name}: unknown setting '{key}'{instead(str(key), list(FIELDS))}")
+            raise D2OError(f"{name}: unknown setting {shown(key)}{instead(key, list(FIELDS))}")
         try:
-            found[key] = _typed(key, value)
+            found[key] = _typed(key, _value(node))
         except D2OError as error:
             raise D2OError(f"{name}: {error}") from error
     return found
 
 
-def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """The end of a message: the replacement of an old ``name``, or the nearest of ``names``; may be empty."""
-    if name in RENAMED:
-        return f", a name of older versions; {RENAMED[name]}"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+def _settings_in(data: bytes, name: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Each name, its line and the node of its value."""
+    try:
+        root = yaml.compose(data.decode("utf-8-sig"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise D2OError(f"the settings file '{name}' is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except RecursionError as error:
+        raise D2OError(f"the settings file '{name}' is no list of settings: it is nested too deep") from error
+    except yaml.YAMLError as error:
+        raise D2OError(f"the settings file '{name}' is not YAML: {' '.join(str(error).split())}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise D2OError(f"the settings file '{name}' must hold lines of the form 'name: value'")
+    for key, value in [] if root is None else root.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise D2OError(f"{name}, line {line}: the name of a setting must be a word")
+        yield key.value, line, value
 
 
-class _TwiceError(Exception):
-    """A mapping has a key twice. The message names it."""
+def _value(node: yaml.Node | None) -> Any:
+    """The value of a node: a plain one or a list of plain ones; anything else as an object that no setting takes.
+
+    Nothing deeper is built, so an alias cannot multiply and a tag cannot call.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) if isinstance(item, yaml.ScalarNode) else _Nested() for item in node.value]
+    if node is None:
+        return None
+    if not isinstance(node, yaml.ScalarNode):
+        return _Nested()
+    loader = _Loader("")
+    plain = loader.resolve(yaml.ScalarNode, node.value, (node.style is None, node.style is not None))
+    if node.tag == plain and (plain != _TAG + "int" or len(node.value) < 1000):  # Python reads no more digits
+        return loader.construct_object(node)
+    return node.value if node.tag == _TAG + "str" else _Nested(node)
+
+
+class _Nested:
+    """A part of the file that no setting takes. It is shown, and nothing else."""
+
+    def __init__(self, node: yaml.ScalarNode | None = None) -> None:
+        self.text = "a mapping or a list" if node is None else f"{node.tag.removeprefix(_TAG)} {node.value}"
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, unlike YAML 1.1, and refuses a repeated key."""
+    """Reads 1e-5 as a number, and 010, 1:30 and dates as texts, unlike YAML 1.1."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise _TwiceError(f"'{key.value}' is set twice, in lines {lines[key.value]} and {line}")
-            lines[key.value if isinstance(key.value, str) else line] = line
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        first: [(tag, form) for tag, form in forms if tag in (_TAG + "null", _TAG + "bool")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+    _TAG + "float",
+    re.compile(
+        r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))$"
+        r"|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
 )

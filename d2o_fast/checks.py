@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from ipaddress import ip_address
@@ -12,8 +13,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
+from d2o_fast.errors import D2OError, refusal
+
 MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_MOST = 2**31  # of an integer without an upper limit of its own: products of two are still 64-bit integers
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of a float: tensors are fp32
+_LONGEST_NAME, _LONGEST_PATH = 200, 3500  # bytes; the system's limits, less the names of a run's files
 _SIGNS = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
 
 
@@ -22,11 +28,11 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 
     Args:
         rules: ``min``, ``above``, ``max``, ``below`` bound a number, which is always finite. ``needs`` names another
-            setting, without which this one has no effect. ``fixed``: a resumed run keeps it. ``fingerprint``: stored
-            anchors depend on it. ``filter``: it decides which draws become anchors. ``rounds``: it changes results by
-            rounding only. ``form``: a function that says whether a text will do; ``wanted`` is its rule in words.
-            ``shows``: the characters of a text that messages may show; a text with any other may be a secret, and no
-            message shows it.
+            setting, without which this one has no effect. ``path``: it names a place, ``local_path`` says which.
+            ``fixed``: a resumed run keeps it. ``fingerprint``: stored anchors depend on it. ``filter``: it decides
+            which draws become anchors. ``rounds``: it changes results by rounding only. ``form``: a function that says
+            whether a text will do; ``wanted`` is its rule in words. ``shows``: the characters of a text that messages
+            may show; a text with any other may be a secret, and no message shows it.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **rules})
@@ -57,7 +63,7 @@ def read(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
         return value if type(value) in (int, kind) and _in_range(value, rules) else MISFIT
     if kind is str and isinstance(value, str) and "form" in rules and not rules["form"](value):
         return MISFIT
-    return value if type(value) is kind else MISFIT
+    return value if type(value) is kind and not _strange(value) else MISFIT
 
 
 def words(kind: Any, rules: Mapping[str, Any]) -> str:
@@ -124,9 +130,81 @@ def _ip(text: str) -> Any:
         return None
 
 
+def limits(value: Any, wanted: str) -> str:
+    """``wanted``, and the limit that every setting has and ``value`` breaks."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return wanted if "finite" in wanted else f"{wanted}, and finite"
+        return f"{wanted}, and of a size that 32-bit floats hold" if not _fits_float32(value) else wanted
+    if isinstance(value, int) and abs(value) >= _MOST and "<" not in wanted:
+        return f"{wanted}, and below 2**31"
+    strange = next(filter(None, map(_strange, value if isinstance(value, list | tuple) else [value])), None)
+    return f"{wanted}, and without the character {strange!r}" if strange else wanted
+
+
+def local_path(name: str, text: str, kind: str) -> str:
+    """The path or name ``text`` of the setting ``name``, with its ``~`` expanded.
+
+    Args:
+        kind: "folder" and "file" are local; "model" is a folder or a name on the hub; "any" may be all of these.
+
+    Raises:
+        D2OError: the home folder is unknown, the system refuses the path, or something of another kind is there.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        home = text.split("/")[0]
+        raise refusal(name, text, f"a path, and {home} is no home folder here (write ./{home} for a file of that name)")
+    found = None
+    try:
+        found = "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+    except FileNotFoundError:
+        if kind == "folder" and os.path.islink(path):
+            raise refusal(name, text, "a folder, and this is a link to nothing") from None
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+            raise refusal(name, text, f"a path whose names have at most {_LONGEST_NAME} bytes") from None
+    except NotADirectoryError as error:
+        if kind in ("folder", "file"):
+            raise refusal(name, text, "a path through folders, and a part of it is a file") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise refusal(name, text, f"a path that can be read ({reason})") from error
+    if kind == "folder" and len(os.fsencode(path)) > _LONGEST_PATH:
+        raise refusal(name, text, f"a path of at most {_LONGEST_PATH} bytes, with room for the files in it")
+    if kind == "file" and found == "folder":
+        raise refusal(name, text, "a file, and this is a folder")
+    if kind in ("folder", "model") and found == "file":
+        raise refusal(
+            name, text, "a folder, and this is a file" + (", or a name on the hub" if kind == "model" else "")
+        )
+    return path
+
+
+def world_size() -> int:
+    """The number of processes that a launcher started (WORLD_SIZE), 1 without one.
+
+    Raises:
+        D2OError: WORLD_SIZE is no such number.
+    """
+    found = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch(r"[1-9]\d{0,8}", found, re.ASCII):
+        raise refusal("the environment variable WORLD_SIZE", found, "a number of processes, or left out")
+    return int(found)
+
+
 def is_blank(value: object) -> bool:
     """An empty text or list, or a text of spaces."""
     return value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _strange(value: Any) -> str | None:
+    """The first character of a text that no file or request holds: a NUL, or half of a pair of UTF-16."""
+    found = re.search("[\\0\ud800-\udfff]", value) if isinstance(value, str) else None
+    return found and found.group()
+
+
+def _fits_float32(value: float) -> bool:
+    return value == 0 or _SMALLEST <= abs(value) <= _LARGEST
 
 
 def _is_union(kind: Any) -> bool:
@@ -134,7 +212,11 @@ def _is_union(kind: Any) -> bool:
 
 
 def _in_range(value: float, rules: Mapping[str, Any]) -> bool:
-    if not (-(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)):
+    if isinstance(value, int):
+        most = rules.get("below", _MOST)
+        if not -most <= value < most:
+            return False
+    elif not _fits_float32(value):
         return False
     return (
         rules.get("min", value) <= value <= rules.get("max", value)

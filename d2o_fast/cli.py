@@ -8,41 +8,84 @@ modules only if it needs them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2o_fast.arguments import COMMANDS, instead, parse, parser
-from d2o_fast.config import D2OConfig
+from d2o_fast.arguments import COMMANDS, parse, parser
+from d2o_fast.config import D2OConfig, instead, refuse_idle
 from d2o_fast.errors import D2OError, printable
+from d2o_fast.files import atomic_file
+
+#: the system's refusals that a user can act on; any other is a bug and keeps its traceback
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check this path and start again"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ETXTBSY), "choose another path"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 on success, 2 after a D2OError, whose message it prints."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else "--help"
-    try:
-        if command in ("-h", "--help"):
-            print(_help())
-            return 0
-        if command == "--version":
-            from d2o_fast import __version__
+    """Runs one command and returns its status.
 
-            print(f"d2o-fast {__version__}")
-            return 0
-        if command not in COMMANDS:
-            raise D2OError(f"unknown command '{command}'{instead(command, list(COMMANDS))} (d2o --help lists them all)")
-        if {"-h", "--help"} & set(arguments):
-            print(parser(command).format_help())
-            return 0
-        return _run(command, arguments[1:])
+    0: success. 2: a D2OError, whose message it prints. 1: the system refuses a file. 130: Ctrl-C. 141: nobody reads
+    its output any more.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal shows every character
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+        return status
     except D2OError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # what is left of the output goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        command = " ".join(["d2o", *arguments[:1]])
+        return _fail(f"{command} stopped: {place}{error.strerror}; {REMEDIES[error.errno]}", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nobody may read it
+        print(f"error: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def _main(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        from d2o_fast import __version__
+
+        print(f"d2o-fast {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise D2OError(f"unknown command '{command}'{instead(command, list(COMMANDS))} (d2o --help lists them all)")
+    if {"-h", "--help"} & set(arguments):
+        print(parser(command).format_help())
+        return 0
+    return _run(command, arguments[1:])
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -170,12 +213,14 @@ def _eval(config: D2OConfig, eval_model: str | None) -> int:
     from d2o_fast.anchors.build import open_store
     from d2o_fast.data.reading import read_datasets
     from d2o_fast.model.loading import initial_model, load_tokenizer, trained_model
-    from d2o_fast.training.evaluate import evaluate_model
+    from d2o_fast.training.evaluate import evaluate_model, load_judge
 
+    refuse_idle(config, held_out=True)
+    load_judge(config)
+    folder, path = eval_model or config.output_dir, Path(config.output_dir) / "eval.json"
     rows = read_datasets(config)[1]
     if not rows:
         raise D2OError("there is nothing to evaluate on: set eval_dataset_name or eval_fraction")
-    folder = eval_model or config.output_dir
     model, tokenizer = initial_model(config, config.model_name_or_path), load_tokenizer(config)
     examples = open_store(model, tokenizer, rows, config, "eval").examples()
     initial, before = evaluate_model(model, tokenizer, examples, rows, config)
@@ -189,9 +234,9 @@ def _eval(config: D2OConfig, eval_model: str | None) -> int:
         "trained": trained,
         "samples": [_before_after(b, a) for b, a in zip(before, after, strict=True)],
     }
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(config.output_dir) / "eval.json"
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write((json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"{'':<28}{'initial':>12}{'trained':>12}")
     for name in dict.fromkeys((*initial, *trained)):  # a label may occur for only one of the two
         print(f"{name:<28}{initial.get(name, 0.0):>12.4f}{trained.get(name, 0.0):>12.4f}")

@@ -6,11 +6,12 @@ The metadata of a field holds its help and its rules. Checks, ``--help``, resume
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import difflib
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from d2o_fast.checks import (
     MISFIT,
@@ -20,14 +21,38 @@ from d2o_fast.checks import (
     is_blank,
     is_confidential,
     is_variable,
+    limits,
+    local_path,
     read,
     setting,
     words,
 )
-from d2o_fast.errors import D2OError, refusal
+from d2o_fast.errors import D2OError, UnknownSettingError, refusal
+
+DATA_FILES = (".jsonl", ".json", ".parquet")  #: the ends of the names of data files
+Class = TypeVar("Class", bound=type)
 
 
-@dataclass
+def _by_name(cls: Class) -> Class:
+    """A class whose settings are given by name. An unknown one is answered with the nearest."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **settings: Any) -> None:
+        if args:
+            example = f"D2OConfig(output_dir={args[0]!r})" if isinstance(args[0], str) else "D2OConfig(alpha=0.1)"
+            raise UnknownSettingError(f"D2OConfig takes settings by name, e.g. {example}")
+        for name in settings:
+            if name not in self.__dataclass_fields__:
+                raise UnknownSettingError(f"D2OConfig has no setting '{name}'{instead(name, list(FIELDS))}")
+        init(self, **settings)
+
+    cls.__init__ = checked_init  # type: ignore[misc]
+    return cls
+
+
+@_by_name
+@dataclass(kw_only=True)
 class D2OConfig:
     """Settings with the names of TRL and transformers. ``K`` is ``num_generations``.
 
@@ -38,12 +63,16 @@ class D2OConfig:
     ``alpha``, ``beta`` and ``num_generations`` default to the paper's values. The paper does not state the learning
     rate, schedule, lengths and batch sizes; these defaults are our choices.
 
+    A value is checked when it is set, now or later. Rules for two settings are checked here, and again by the trainer.
+    ``~`` in a path is expanded.
+
     Raises:
-        D2OError: a value has another type or is outside its range, or two settings contradict each other.
+        D2OError: a value has another type or is outside its range, a name is unknown, or two settings contradict each
+            other.
     """
 
     # Model
-    model_name_or_path: str = setting("", "local folder or hub name of a causal language model")
+    model_name_or_path: str = setting("", "local folder or hub name of a causal language model", path="model")
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "compute dtype; master weights are fp32 either way", fixed=True, fingerprint=True
     )
@@ -54,14 +83,14 @@ class D2OConfig:
         "auto", "one pass per prompt for all its responses; auto: if it is exact", rounds=True
     )
     use_liger_kernel: bool = setting(False, "liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)", rounds=True)
-    chat_template_path: str | None = setting(None, "a Jinja file that replaces the tokenizer's template")
+    chat_template_path: str | None = setting(None, "a Jinja file that replaces the tokenizer's template", path="file")
 
     # Data
     dataset_name: str | list[str] | None = setting(
-        None, ".jsonl, .json or .parquet file, pattern, hub name, or a list of them"
+        None, ".jsonl, .json or .parquet file, pattern, hub name, or a list of them", path="any"
     )
-    dataset_split: str = setting("train", "split of a hub data set")
-    eval_dataset_name: str | list[str] | None = setting(None, "held-out data in the same forms")
+    dataset_split: str = setting("train", "split of a hub data set", needs="dataset_name")
+    eval_dataset_name: str | list[str] | None = setting(None, "held-out data in the same forms", path="any")
     eval_fraction: float = setting(
         0.0, "share of the prompts held out when there is no eval_dataset_name", min=0, below=1
     )
@@ -77,7 +106,9 @@ class D2OConfig:
     )
 
     # Anchors and references
-    anchors_dir: str | None = setting(None, "folder of anchors and reference scores; <output_dir>/anchors if not given")
+    anchors_dir: str | None = setting(
+        None, "folder of anchors and reference scores; <output_dir>/anchors if not given", path="folder"
+    )
     num_generations: int = setting(11, "K, anchors per prompt", min=1, fingerprint=True)
     temperature: float = setting(
         1.0, "temperature of the draws; 1: the model's own distribution", above=0, fingerprint=True
@@ -85,7 +116,9 @@ class D2OConfig:
     top_p: float = setting(
         1.0, "draws come from the likeliest tokens of this total probability", above=0, max=1, fingerprint=True
     )
-    sampling_seed: int = setting(0, "seed of the draws: anchors and judged responses", min=0, fingerprint=True)
+    sampling_seed: int = setting(
+        0, "seed of the draws: anchors and judged responses", min=0, fingerprint=True, below=2**63
+    )
     sampling_batch_size: int = setting(
         16, "prompts per shard; a shard is drawn and scored together", min=1, fingerprint=True
     )
@@ -111,12 +144,14 @@ class D2OConfig:
         wanted="the name of an environment variable, not the key itself",
         shows="",
     )
-    server_concurrency: int = setting(16, "prompts at the server at a time", min=1)
-    server_timeout: float = setting(600.0, "most seconds for one request", above=0, max=1e6)
+    server_concurrency: int = setting(16, "prompts at the server at a time", min=1, needs="server_url")
+    server_timeout: float = setting(600.0, "most seconds for one request", above=0, max=1e6, needs="server_url")
     ref_model_neg: str | None = setting(
-        None, "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given"
+        None,
+        "folder or hub name of the reference that scores anchors (pi_r-); the initial model if not given",
+        path="model",
     )
-    ref_model_pos: str | None = setting(None, "the same for negatives (pi_r+)")
+    ref_model_pos: str | None = setting(None, "the same for negatives (pi_r+)", path="model")
 
     # Filters of draws; all are off by default
     num_draws: int | None = setting(
@@ -145,6 +180,7 @@ class D2OConfig:
         '"package.module:function" or a sequence classifier; higher is better',
         fingerprint=True,
         filter=True,
+        path="any",
     )
     min_anchor_score: float | None = setting(
         None, "anchors with a lower score are dropped", needs="anchor_score", fingerprint=True, filter=True
@@ -154,7 +190,9 @@ class D2OConfig:
     refresh_every: int = setting(
         0, "period after which the policy draws new anchors and becomes their reference; 0: never", min=0, fixed=True
     )
-    refresh_strategy: Literal["steps", "epoch"] = setting("steps", "the unit of refresh_every", fixed=True)
+    refresh_strategy: Literal["steps", "epoch"] = setting(
+        "steps", "the unit of refresh_every", fixed=True, needs="refresh_every"
+    )
 
     # Loss
     alpha: float = setting(0.1, "weight of the negative", min=0, fixed=True)
@@ -162,7 +200,7 @@ class D2OConfig:
     anchor_weight: float = setting(0.0, "lambda of the ungated anchor term; 0 is the paper's loss", min=0, fixed=True)
 
     # Training
-    output_dir: str = setting("runs/d2o", "folder of the trained model, checkpoints and logs")
+    output_dir: str = setting("runs/d2o", "folder of the trained model, checkpoints and logs", path="folder")
     learning_rate: float = setting(1e-6, "learning rate of AdamW after the warm-up", min=0, fixed=True)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
         "linear", "schedule of the learning rate after the warm-up", fixed=True
@@ -174,7 +212,7 @@ class D2OConfig:
     weight_decay: float = setting(0.0, "weight decay of AdamW, only on matrices", min=0, fixed=True)
     adam_beta1: float = setting(0.9, "decay of AdamW's mean of gradients", min=0, below=1, fixed=True)
     adam_beta2: float = setting(0.999, "decay of AdamW's mean of their squares", min=0, below=1, fixed=True)
-    adam_epsilon: float = setting(1e-8, "added to AdamW's denominator", min=0, fixed=True)
+    adam_epsilon: float = setting(1e-8, "added to AdamW's denominator", above=0, fixed=True)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: no clipping", min=0, fixed=True)
     num_train_epochs: float = setting(1.0, "passes over the prompts", fixed=True)
     max_steps: int = setting(
@@ -193,7 +231,7 @@ class D2OConfig:
         "stop", "a step whose loss or gradient is not finite; skip: it changes nothing"
     )
     max_bad_steps: int = setting(10, "most steps to skip before the run stops", min=1)
-    seed: int = setting(42, "seed of the order of prompts and of dropout", min=0, fixed=True)
+    seed: int = setting(42, "seed of the order of prompts and of dropout", min=0, fixed=True, below=2**63)
 
     # LoRA
     use_peft: bool = setting(False, "train a LoRA adapter instead of all weights", fixed=True)
@@ -215,7 +253,9 @@ class D2OConfig:
     save_steps: int = setting(500, "steps between checkpoints", min=1)
     save_total_limit: int | None = setting(None, "newest checkpoints to keep; all if not given", min=1)
     resume_from_checkpoint: str | None = setting(
-        None, 'a checkpoint folder, "latest", or "auto": the latest, or a fresh start where there is none'
+        None,
+        'a checkpoint folder, "latest", or "auto": the latest, or a fresh start where there is none',
+        path="any",
     )
     report_to: str | list[str] = setting([], '"tensorboard" or "none"; metrics.jsonl is always written')
 
@@ -230,9 +270,20 @@ class D2OConfig:
             return int(self.warmup_steps)
         return math.ceil((self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio) * num_steps)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIELDS:
+            value = checked(name, value)
+        elif name not in self.__dataclass_fields__:  # a subclass may have more
+            raise UnknownSettingError(f"D2OConfig has no setting '{name}'{instead(name, list(FIELDS))}")
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises a D2OError if a setting does not fit, alone or beside the others."""
         for name in FIELDS:
-            setattr(self, name, checked(name, getattr(self, name)))
+            setattr(self, name, getattr(self, name))
         for name, needed in having("needs").items():
             if getattr(self, name) != DEFAULTS[name] and not getattr(self, needed):
                 raise _refusal(name, getattr(self, name), f"left out, or {needed} set: it would decide nothing")
@@ -247,7 +298,19 @@ class D2OConfig:
         one = self.warmup_ratio in (None, self.warmup_steps) or self.warmup_steps == DEFAULTS["warmup_steps"]
         decides = self.anchor_score is None or self.min_anchor_score is not None or self.draws > self.num_generations
         anchors_stay = not self.refresh_every
+        data = [name for given in (self.dataset_name, self.eval_dataset_name) for name in _listed(given)]
+        in_files = bool(data) and all(name.lower().endswith(DATA_FILES) for name in data)
         return [
+            (
+                self.dataset_split == DEFAULTS["dataset_split"] or not in_files,
+                "dataset_split",
+                "left out where all data are files: they have no splits",
+            ),
+            (
+                self.eval_dataset_name is None or self.eval_fraction == 0,
+                "eval_fraction",
+                "0 where eval_dataset_name is set: held-out data come from one of them",
+            ),
             (self.alpha + self.beta > 0, "alpha", "above 0 where beta is 0"),
             (
                 self.max_completion_length < self.max_length,
@@ -329,12 +392,13 @@ def checked(name: str, value: object) -> Any:
     """
     if name == "report_to" and value is None:
         return []
-    found = read(value, KINDS[name], FIELDS[name].metadata)
+    rules = FIELDS[name].metadata
+    found = read(value, KINDS[name], rules)
     if found is MISFIT or (is_blank(found) and found != DEFAULTS[name]):
-        wanted = allowed(name)
-        if isinstance(value, float) and not math.isfinite(value) and "finite" not in wanted:
-            wanted += ", and finite"
-        raise _refusal(name, value, wanted)
+        raise _refusal(name, value, limits(value, allowed(name)))
+    if "path" in rules and found:
+        paths = [local_path(name, text, rules["path"]) for text in _listed(found)]
+        return paths if isinstance(found, list) else paths[0]
     return _loggers(found) if name == "report_to" else found
 
 
@@ -350,6 +414,43 @@ def allowed(name: str) -> str:
     return words(KINDS[name], FIELDS[name].metadata)
 
 
+def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
+    """The end of a message: the replacement of an old ``name``, or the nearest of ``names``; may be empty."""
+    if name in RENAMED:
+        return f", a name of older versions; {RENAMED[name]}"
+    near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+
+
+def refuse_idle(config: D2OConfig, held_out: bool, peft_config: bool = False, stores: bool = False) -> None:
+    """Refuses settings that would decide nothing beside the other arguments of a trainer.
+
+    Args:
+        held_out: whether there are held-out data.
+        peft_config: whether the adapter's configuration is given as an object.
+        stores: whether all data are stores of anchors.
+
+    Raises:
+        D2OError: a setting is given and decides nothing.
+    """
+    no_data = "where there are no held-out data: set eval_dataset_name or eval_fraction, or give eval_dataset"
+    situations: list[tuple[bool, str, tuple[str, ...]]] = [
+        (not held_out, "or its rows given as eval_dataset", ("eval_fraction", "eval_dataset_name")),
+        (not held_out, no_data, ("eval_steps", "judge", "per_device_eval_batch_size")),
+        (config.judge is None, "where judge is not set", ("judge_num_generations", "judge_max_prompts")),
+        (peft_config, "where peft_config is given", tuple(name for name in FIELDS if name.startswith("lora_"))),
+        (stores, "where all data are stores of anchors", ("anchors_dir",)),
+    ]
+    for holds, where, names in situations:
+        for name in names:
+            if holds and getattr(config, name) != DEFAULTS[name]:
+                raise refusal(name, getattr(config, name), f"left out {where}")
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
 def _loggers(value: str | list[str]) -> list[str]:
     """``report_to`` as a list. "none" gives an empty list, as in transformers."""
     names = [value] if isinstance(value, str) else value
@@ -358,26 +459,3 @@ def _loggers(value: str | list[str]) -> list[str]:
     if any(name != "tensorboard" for name in names):
         raise refusal("report_to", value, "'tensorboard' or 'none' (metrics.jsonl is always written)")
     return names
-
-
-def load_function(name: str, setting: str = "judge") -> Callable[..., Any]:
-    """The function that ``"package.module:function"`` names. Messages call it ``setting``.
-
-    Raises:
-        D2OError: ``name`` has another form, the module cannot be imported, or it has no such function.
-    """
-    module_name, colon, function = name.partition(":")
-    if not (module_name and colon and function):
-        raise D2OError(f"{setting} is {name!r}; it must be of the form 'package.module:function'")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise D2OError(
-            f"{setting} '{name}': module '{module_name}' cannot be imported ({error}). "
-            "It must be installed, or lie in a folder on PYTHONPATH"
-        ) from error
-    judge = getattr(module, function, None)
-    if not callable(judge):
-        found = "nothing of that name" if judge is None else f"a {type(judge).__name__}"
-        raise D2OError(f"{setting} '{name}': expected a function '{function}' in {module_name}, found {found}")
-    return judge

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from d2o_fast.checks import world_size
+from d2o_fast.errors import D2OError
 from d2o_fast.forward.flash import CpuFlash, CudaFlash, FlashAttnPackage
 from d2o_fast.loss.ops import choose_engine
 from d2o_fast.software import version_of
@@ -125,9 +127,12 @@ def _lora() -> dict[str, Any]:
 
 
 def _processes() -> dict[str, Any]:
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     others = {"more than one process or device": "not built yet; training in several would be refused"}
-    return {"runs": "one process, one device" if world_size == 1 else "none (WORLD_SIZE > 1)", "not": others}
+    try:
+        runs = "one process, one device" if world_size() == 1 else "none (WORLD_SIZE > 1)"
+    except D2OError as error:
+        runs, others = "none", {"any": str(error), **others}
+    return {"runs": runs, "not": others}
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class D2OError(ValueError):
     """A fault in the input, the configuration or a folder. The message gives the remedy."""
+
+
+class UnknownSettingError(D2OError, TypeError):
+    """A setting of ``D2OConfig`` that does not exist, or one without its name."""
 
 
 class DataError(D2OError):
@@ -48,4 +54,14 @@ def shortened(text: str, limit: int = 40, one_line: bool = False) -> str:
 
 def refusal(name: str, found: object, wanted: str) -> D2OError:
     """The error of a setting, in one line."""
-    return D2OError(f"{name} is {shortened(repr(found), 200, one_line=True)}; it must be {wanted}")
+    return D2OError(f"{name} is {shown(found)}; it must be {wanted}")
+
+
+def shown(value: object) -> str:
+    """``value`` as code in one short line, however large or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    try:
+        return shortened(short.repr(value), 200, one_line=True)
+    except ValueError:  # an integer with more digits than Python writes
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"

@@ -8,8 +8,6 @@ K anchors of one prompt.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.anchors.scorers import load_scorer
 from d2o_fast.config import DEFAULTS, D2OConfig, having
-from d2o_fast.data.row import Example, Row
-from d2o_fast.errors import DataError, shortened
+from d2o_fast.data.row import Example, Row, prompt_text
+from d2o_fast.errors import DataError, shown
+from d2o_fast.functions import is_finite, pair_text
 
 #: Why a draw was dropped, in the order of the checks. "surplus" draws come after the K first or K best.
 REASONS = ("empty", "truncated", "overlap", "duplicate", "score", "surplus")
@@ -105,9 +104,9 @@ class AnchorFilter:
             pairs.append((rows[r], str(self.tokenizer.decode(draws[r][d], skip_special_tokens=True))))
         found = self.scorer(pairs)
         for (row, response), score in zip(pairs, found, strict=True):
-            number = isinstance(score, numbers.Real) and not isinstance(score, bool)
-            if not number or not math.isfinite(score):  # type: ignore[arg-type]
-                what = f"anchor_score '{self.config.anchor_score}' gives {score!r} to {shortened(response)!r}"
+            if not is_finite(score) or isinstance(score, bool):
+                pair = pair_text(prompt_text(row), response)
+                what = f"anchor_score '{self.config.anchor_score}' gives {shown(score)} to {pair}"
                 raise DataError(row.source, row.index, "anchors", what, "It must be a finite number, higher for better")
         return dict(zip(indices, map(float, found), strict=True))
 

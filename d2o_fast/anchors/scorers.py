@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from d2o_fast.config import load_function
 from d2o_fast.data.row import Row, prompt_text
 from d2o_fast.errors import D2OError, DataError, shortened
+from d2o_fast.functions import call_function, load_function
 
 SCORE_BATCH = 16  #: texts that a classifier reads at a time
 
@@ -29,7 +28,11 @@ class FunctionScorer:
         self.name, self.function = name, load_function(name, "anchor_score")
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Any]:
-        return [self.function(prompt_text(row), response) for row, response in pairs]
+        what = f"anchor_score '{self.name}'"
+        return [
+            call_function(self.function, what, prompt_text(row), response, row.source, row.index)
+            for row, response in pairs
+        ]
 
     def source(self) -> str | None:
         """The text of the module that defines the function; None if it has no text (a builtin, an extension)."""
@@ -51,19 +54,19 @@ class ClassifierScorer:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name, path = name, os.path.expanduser(name)
-        what = f"anchor_score '{name}'"
-        if name.startswith((".", "/", "~")) and not Path(path).is_dir():
+        self.name, what = name, f"anchor_score '{name}'"
+        if name.startswith((".", "/")) and not Path(name).is_dir():
             raise D2OError(f"{what} is not a folder; a function is named like 'package.module:function'")
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype="auto", output_loading_info=True
+                name, dtype="auto", output_loading_info=True, trust_remote_code=False
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # a damaged folder may raise anything
+            found = shortened(str(error), 300, one_line=True)
             raise D2OError(
-                f"{what} cannot be loaded as a sequence classifier with its tokenizer: {error}. A function is named "
-                "like 'package.module:function'"
+                f"{what} cannot be loaded as a sequence classifier with its tokenizer ({type(error).__name__}: "
+                f"{found}). A function is named like 'package.module:function'"
             ) from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:4])
@@ -87,8 +90,13 @@ class ClassifierScorer:
         for start in range(0, len(pairs), self.batch):
             encoded = [self._encode(row, response) for row, response in pairs[start : start + self.batch]]
             batch = self.tokenizer.pad(encoded, padding_side="right", return_tensors="pt", verbose=False)
-            with torch.no_grad():
-                logits = self.model(**batch.to(self.model.device)).logits
+            try:
+                with torch.no_grad():
+                    logits = self.model(**batch.to(self.model.device)).logits
+            except (RuntimeError, ValueError, IndexError) as error:  # a token or a position that it does not know
+                row = pairs[start][0]
+                found = f"anchor_score '{self.name}' cannot read it ({shortened(str(error), 200, one_line=True)})"
+                raise DataError(row.source, row.index, "anchors", found, "Use another scorer") from error
             scores += logits.float().flatten().tolist()
         return scores
 
@@ -122,5 +130,5 @@ def load_scorer(name: str, device: torch.device) -> QualityScorer:
     Raises:
         D2OError: the scorer cannot be loaded, or cannot score.
     """
-    is_function = ":" in name and not Path(os.path.expanduser(name)).is_dir()
+    is_function = ":" in name and not Path(name).is_dir()
     return FunctionScorer(name) if is_function else ClassifierScorer(name, device)

@@ -6,7 +6,6 @@ better). If it has an attribute ``labels``, all of these are reported, even with
 
 from __future__ import annotations
 
-import numbers
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,17 +14,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from d2o_fast.config import D2OConfig, load_function
+from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row, prompt_key, prompt_text
 from d2o_fast.data.tokens import stop_token_ids, tokenize_rows
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, DataError, shown
 from d2o_fast.forward.sharing import choose_sharing
+from d2o_fast.functions import call_function, is_finite, load_function, name_of, pair_text
 from d2o_fast.model.parts import autocast, base_of, decoder_of, evaluating, head_of, pad_token_id
 from d2o_fast.sampling.generate import sample_responses
 from d2o_fast.training.metrics import PromptMeans
 from d2o_fast.training.step import batch_loss
 
 Judge = Callable[[str, str], Any]
+
+
+def load_judge(config: D2OConfig) -> Judge | None:
+    """The function that ``config.judge`` names; None if it names none.
+
+    Raises:
+        D2OError: there is no such function, it does not take a prompt and a response, or its ``labels`` are no texts.
+    """
+    if config.judge is None:
+        return None
+    judge = load_function(config.judge)
+    _labels(judge)
+    return judge
 
 
 def judge_model(
@@ -41,14 +54,16 @@ def judge_model(
         dict per response with ``prompt``, ``response`` and ``label`` or ``score``.
 
     Raises:
-        D2OError: there are no rows; the judge returns something else than labels or numbers, or both.
+        D2OError: there are no rows; the judge raises an exception, or returns something else than labels or numbers,
+            or both.
     """
+    labels = _labels(judge)
     rows = _distinct_prompts(rows, config.judge_max_prompts)
     if not rows:
         raise D2OError("there are no held-out prompts to judge; set eval_dataset_name or eval_fraction")
     prompts = [example.prompt_ids for example in tokenize_rows(rows, tokenizer, config)]
     stops = stop_token_ids(tokenizer, base_of(model), rows)
-    samples = []
+    samples = list[dict[str, Any]]()
     for start in range(0, len(rows), config.sampling_batch_size):
         batch = slice(start, start + config.sampling_batch_size)
         with autocast(config, model.device):
@@ -67,10 +82,12 @@ def judge_model(
             prompt = prompt_text(row)
             for ids in responses:
                 response = str(tokenizer.decode(ids, skip_special_tokens=True))
-                verdict = judge(prompt, response)
-                kind = "label" if isinstance(verdict, str) else "score"
+                kind, verdict = _verdict(judge, row, prompt, response)
+                if samples and kind not in samples[0]:
+                    found = f"judge '{name_of(judge)}' returned labels for some responses and scores for others"
+                    raise DataError(row.source, row.index, None, found, "It must keep to one")
                 samples.append({"prompt": prompt, "response": response, kind: verdict})
-    return _shares(samples, tuple(getattr(judge, "labels", ()))), samples
+    return _shares(samples, labels), samples
 
 
 def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
@@ -82,18 +99,30 @@ def _distinct_prompts(rows: Sequence[Row], most: int) -> list[Row]:
     return list(distinct.values())
 
 
+def _labels(judge: Judge) -> tuple[str, ...]:
+    found = getattr(judge, "labels", ())
+    if not isinstance(found, list | tuple | set | frozenset) or not all(isinstance(label, str) for label in found):
+        raise D2OError(f"the judge's attribute labels is {shown(found)}; it must be a list of texts")
+    return tuple(found)
+
+
+def _verdict(judge: Judge, row: Row, prompt: str, response: str) -> tuple[str, Any]:
+    """("label", text) or ("score", number)"""
+    what = f"judge '{name_of(judge)}'"
+    verdict = call_function(judge, what, prompt, response, row.source, row.index)
+    if isinstance(verdict, str):
+        return "label", verdict
+    if is_finite(verdict):
+        return "score", float(verdict)
+    found = f"{what} returned {shown(verdict)} for {pair_text(prompt, response)}"
+    raise DataError(row.source, row.index, None, found, "It must return a label (str) or a score (a finite number)")
+
+
 def _shares(samples: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
-    if all("label" in sample for sample in samples):
+    if "label" in samples[0]:
         counts = Counter(sample["label"] for sample in samples)
         return {f"judge/{label}": counts[label] / len(samples) for label in dict.fromkeys((*labels, *sorted(counts)))}
-    if any("label" in sample for sample in samples):
-        raise D2OError("the judge returned labels for some responses and scores for others; it must keep to one")
-    for sample in samples:
-        if not isinstance(sample["score"], numbers.Real):
-            raise D2OError(
-                f"the judge returned {sample['score']!r}; it must return a label (str) or a score (a number)"
-            )
-    return {"judge/score": sum(float(sample["score"]) for sample in samples) / len(samples)}
+    return {"judge/score": sum(sample["score"] for sample in samples) / len(samples)}
 
 
 def evaluate_model(
@@ -124,7 +153,8 @@ def evaluate_model(
             part = examples[start : start + size]
             means.add(*batch_loss(decoder, head, part, pad, config, len(part), shared), len(part))
     metrics, samples = means.read(), list[dict[str, Any]]()
-    if config.judge:
-        judged, samples = judge_model(model, tokenizer, rows, load_function(config.judge), config)
+    judge = load_judge(config)
+    if judge is not None:
+        judged, samples = judge_model(model, tokenizer, rows, judge, config)
         metrics |= judged
     return {f"eval_{name}": value for name, value in metrics.items()}, samples
