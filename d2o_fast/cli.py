@@ -27,7 +27,7 @@ from d2o_fast.files import atomic_file
 #: the system's refusals that a user can act on; any other is a bug and keeps its traceback
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "check its permissions, or choose another folder"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk"),
     **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check this path and start again"),
@@ -41,27 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 2: a D2OError, whose message it prints. 1: the system refuses a file. 130: Ctrl-C. 141: nobody reads
     its output any more.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal shows every character
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal shows every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _main(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except D2OError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # what is left of the output goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
+        _drop_output()
         place = f"{error.filename}: " if error.filename else ""
         command = " ".join(["d2o", *arguments[:1]])
         return _fail(f"{command} stopped: {place}{error.strerror}; {REMEDIES[error.errno]}", 1)
+
+
+def _drop_output() -> None:
+    """Sends the rest of the output nowhere if it cannot be written."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, status: int) -> int:
@@ -93,7 +101,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "demo":
         from d2o_fast.demo.run import demo
 
-        return demo(**options, run=main)
+        return demo(**options, run=_main)
     if command == "anchors":
         from d2o_fast.anchors.inspection import anchors
 
@@ -218,6 +226,9 @@ def _eval(config: D2OConfig, eval_model: str | None) -> int:
     refuse_idle(config, held_out=True)
     load_judge(config)
     folder, path = eval_model or config.output_dir, Path(config.output_dir) / "eval.json"
+    is_local = eval_model is None or Path(folder).is_dir()
+    if is_local and not any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise D2OError(f"'{folder}' holds no trained model; run `d2o train` first, or name it with --eval_model")
     rows = read_datasets(config)[1]
     if not rows:
         raise D2OError("there is nothing to evaluate on: set eval_dataset_name or eval_fraction")

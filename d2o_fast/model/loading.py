@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,11 +68,27 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
         raise D2OError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise D2OError(f"the tokenizer of '{name}' has no eos_token; responses could not end. Set eos_token in it")
-    if config.chat_template_path is not None:
-        if not os.path.isfile(config.chat_template_path):
-            raise D2OError(f"chat_template_path '{config.chat_template_path}' is not a file")
-        with open(config.chat_template_path, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
+    return with_template(tokenizer, config)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy with the chat template of ``config.chat_template_path``.
+
+    Raises:
+        D2OError: chat_template_path is not a file of text.
+    """
+    path = config.chat_template_path
+    if path is None:
+        return tokenizer
+    if not os.path.isfile(path):
+        raise D2OError(f"chat_template_path '{path}' is not a file")
+    tokenizer = copy.deepcopy(tokenizer)
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise D2OError(f"chat_template_path '{path}' cannot be read as UTF-8: {error}") from error
+    if not tokenizer.chat_template.strip():
+        raise D2OError(f"chat_template_path '{path}' is empty")
     return tokenizer
 
 
@@ -130,6 +147,11 @@ def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
         with quiet_transformers():
             model = load_model(config, model)
     base = base_of(model)
+    if config.attn_implementation not in (None, base.config._attn_implementation):
+        try:
+            base.set_attn_implementation(config.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise D2OError(f"attn_implementation '{config.attn_implementation}' cannot be set: {error}") from error
     refuse_quantised(model, "the model")
     model = model.float().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.use_liger_kernel:

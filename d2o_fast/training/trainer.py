@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from d2o_fast.anchors.build import open_store
 from d2o_fast.anchors.references import describe_references, reference_names
 from d2o_fast.anchors.store import AnchorStore
-from d2o_fast.config import D2OConfig, load_function
+from d2o_fast.checks import world_size
+from d2o_fast.config import D2OConfig, load_function, refuse_idle
 from d2o_fast.data.on_disk import subset
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example, Row
@@ -32,7 +33,7 @@ from d2o_fast.files import locked, replace_files
 from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
-from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights
+from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, with_template
 from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training import output, unchanged
@@ -93,12 +94,12 @@ class D2OTrainer:
     ) -> None:
         refuse_many_processes()
         _refuse_wrong_objects(args, processing_class, peft_config, callbacks)
-        _refuse_without_held_out(args, eval_dataset)
+        stores = all(data is None or isinstance(data, AnchorStore) for data in (train_dataset, eval_dataset))
+        refuse_idle(args, eval_dataset is not None, peft_config is not None, stores)
         if args.judge:
             load_function(args.judge)  # a wrong name is known before the first draw
-        name = model if isinstance(model, str) else base_of(model).config._name_or_path
-        self.args = dataclasses.replace(args, model_name_or_path=name or args.model_name_or_path)
-        self.tokenizer = processing_class or load_tokenizer(self.args)
+        self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
+        self.tokenizer = with_template(processing_class, self.args) if processing_class else load_tokenizer(self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
         refuse_moving_positions(self.model, self.args)
         self.device = self.model.device
@@ -540,11 +541,13 @@ class D2OTrainer:
             logger.warning("no checkpoint was written at the end: %s", error)
 
 
-def _refuse_without_held_out(args: D2OConfig, eval_dataset: Any) -> None:
-    for name, off in (("eval_steps", 0), ("judge", None)):
-        if eval_dataset is None and getattr(args, name) != off:
-            ways = "set eval_dataset_name or eval_fraction, or give eval_dataset"
-            raise refusal(name, getattr(args, name), f"left out where there are no held-out data: {ways}")
+def _name_of(model: Any, args: D2OConfig) -> str:
+    given = args.model_name_or_path
+    if not isinstance(model, str):
+        return given or base_of(model).config._name_or_path
+    if given and os.path.expanduser(model) != given:
+        raise refusal("model_name_or_path", given, f"left out, or the model's name that D2OTrainer is given: {model!r}")
+    return model
 
 
 def _refuse_wrong_objects(args: Any, tokenizer: Any, peft_config: Any, callbacks: Any) -> None:
@@ -571,10 +574,9 @@ def refuse_many_processes() -> None:
     Raises:
         D2OError: ``torchrun`` or a similar launcher started more than one process.
     """
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    if world_size > 1:
+    if world_size() > 1:
         raise D2OError(
-            f"started as one of {world_size} processes (WORLD_SIZE), but d2o-fast trains in one process on one device "
-            "for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node 1, and "
+            f"started as one of {world_size()} processes (WORLD_SIZE), but d2o-fast trains in one process on one "
+            "device for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node 1, and "
             "choose the device with CUDA_VISIBLE_DEVICES"
         )

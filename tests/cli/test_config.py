@@ -31,10 +31,17 @@ from d2o_fast.errors import D2OError
 from d2o_fast.training import checkpoint as ckpt
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-RULES = {"help", "min", "above", "max", "below", "needs", "fixed", "fingerprint", "filter", "form", "wanted", "shows"}
+RULES = {"help", "min", "above", "max", "below", "needs", "path", "fixed", "fingerprint", "filter", "rounds"} | {
+    "form",
+    "wanted",
+    "shows",
+}
 NUMBERS = {int, float}
 #: other settings that a setting requires
 BESIDE: dict[str, dict[str, Any]] = {
+    "dataset_split": {"dataset_name": "some/hub"},
+    "eval_dataset_name": {"eval_fraction": 0.0},
+    "refresh_strategy": {"refresh_every": 1},
     "server_model": {"server_url": "http://localhost:1/v1"},
     "server_api_key_env": {"server_url": "http://localhost:1/v1"},
     "server_concurrency": {"server_url": "http://localhost:1/v1"},
@@ -60,7 +67,8 @@ def choices_of(name: str) -> list[str]:
 def wrong_values(name: str) -> list[Any]:
     """Values that no rule of the setting allows, each of a kind that users give."""
     kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
-    wrong: list[Any] = [math.nan, math.inf, -math.inf, 10**400, {"a": 1}, [1], ["  "], [None], {"x"}, b"x"]
+    wrong: list[Any] = [math.nan, math.inf, -math.inf, 10**23, 10**400, 10**5000, {"a": 1}, [1], ["  "], [None]]
+    wrong += [{"x"}, b"x", [["a"]], [[[["a"] * 9] * 9] * 9], 1e39, 1e-300]
     wrong += [] if str in kinds else ["", "1", "1e-5", "none", [], "true"]
     wrong += ["", "  "] if str in kinds and DEFAULTS[name] != "" else []
     wrong += [] if bool in kinds else [True, False]
@@ -81,6 +89,17 @@ def wrong_values(name: str) -> list[Any]:
         wrong += [["a"], ("a",)]
     if name == "drop_anchors":
         wrong = [value for value in wrong if value != []] + [["duplicates"], ["duplicate", "long"]]
+    if "path" in rules:
+        wrong += ["a\0b", "a\udc80b", "~no_such_user/x", "missing/" + "x" * 300, "/".join(["x" * 99] * 60)]
+    if rules.get("path") in ("folder", "file"):
+        wrong += [f"{__file__}/x"]
+    if rules.get("path") in ("folder", "model"):
+        wrong += [__file__]
+    if rules.get("path") == "file":
+        wrong += [os.path.dirname(__file__)]
+    if name == "server_url":
+        wrong += ["http://[::1", "localhost:8000", "http://", "http://:80", "http://x:99999", "http://x:port", "ftp://x"]
+        wrong += ["http://x y", "http://\u00fc/v1\u00fc", f"http://{'x' * 70}.com", "http://x\n"]
     if name == "report_to":
         wrong += ["wandb", "all", ["wandb"], ["tensorboard", "mlflow"]]
     return wrong
@@ -103,13 +122,21 @@ def test_python_refuses_what_no_setting_means(name: str) -> None:
         refused(name, error.value)
 
 
+def in_yaml(value: Any) -> str:
+    if value == 10**5000:
+        return f"1{'0' * 5000}"  # more digits than Python writes
+    return yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_file_refuses_the_same(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for value in wrong_values(name):
         if isinstance(value, tuple | set | bytes):
             continue  # YAML has no such value
-        text = json.dumps(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+        if isinstance(value, str) and re.search("[\0\udc80]", value):
+            continue
+        text = json.dumps(value) if isinstance(value, str) else in_yaml(value)
         path.write_text(f"{name}: {text}")
         with pytest.raises(D2OError) as error:
             parse("train", [str(path)])
@@ -121,11 +148,7 @@ def test_the_file_refuses_the_same(name: str, tmp_path: Path) -> None:
 def test_a_flag_refuses_the_same(name: str) -> None:
     kinds = set(kinds_of(name))
     for value in wrong_values(name):
-        text = (
-            value
-            if isinstance(value, str)
-            else yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()
-        )
+        text = value if isinstance(value, str) else in_yaml(value)
         if isinstance(value, tuple | set | bytes) or (isinstance(value, str) and str not in kinds):
             continue  # a flag has no such value; 1 in quotes is the number
         if str in kinds and not isinstance(value, str) and not (list[str] in kinds and isinstance(value, list)):
@@ -139,7 +162,7 @@ def right_values(name: str) -> list[Any]:
     kinds, rules = set(kinds_of(name)), FIELDS[name].metadata
     right: list[Any] = [DEFAULTS[name], *choices_of(name)]
     right += [True, False] if bool in kinds else []
-    form = {"server_url": "http://[::1]:8000/some/text", "server_api_key_env": "SOME_TEXT"}
+    form = {"server_url": "http://[::1]:8000/v1", "server_api_key_env": "SOME_TEXT"}
     right += [form.get(name, "some/text")] if str in kinds and name != "report_to" else []
     right += [["a", "b"]] if list[str] in kinds and name != "report_to" else []
     if NUMBERS & kinds:
@@ -316,7 +339,7 @@ def test_every_setting_has_help_and_known_rules() -> None:
 
 
 def test_the_lists_come_from_the_fields() -> None:
-    settings = dataclasses.asdict(D2OConfig(use_peft=True))
+    settings = dataclasses.asdict(D2OConfig(use_peft=True, refresh_every=1))
     assert set(fixed(settings)) == set(having("fixed")) - {"warmup_ratio"}
     text = settings_text(D2OConfig(num_draws=20, drop_anchors=["empty", "duplicate"], max_anchor_overlap=0.5))
     assert text == "num_draws 20; drop_anchors empty, duplicate; max_anchor_overlap 0.5"
