@@ -82,8 +82,9 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[
     if takes_settings:
         settings |= {name: _flag_value(name, options.pop(name)) for name in FIELDS if name in options}
     for name, value in options.items():
-        if isinstance(value, Path) or (name == "eval_model" and value is not None):
-            options[name] = type(value)(local_path(name, str(value), "any"))
+        if isinstance(value, Path) or (name == "eval_model" and value):
+            kind = {"output_dir": "folder", "eval_model": "model"}.get(name, "any")
+            options[name] = type(value)(local_path(name, str(value), kind))
     return options, settings
 
 

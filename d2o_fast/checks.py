@@ -76,7 +76,9 @@ def words(kind: Any, rules: Mapping[str, Any]) -> str:
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         return "a list of texts" if item is str else f"a list of {words(item, rules)}"
-    bounds = " and ".join(f"{sign} {rules[rule]}" for rule, sign in _SIGNS.items() if rule in rules)
+    bounds = " and ".join(
+        f"{sign} {'2**63' if rules[rule] == 2**63 else rules[rule]}" for rule, sign in _SIGNS.items() if rule in rules
+    )
     if kind is float and not bounds:
         return "a finite number"
     if kind is str and "wanted" in rules:

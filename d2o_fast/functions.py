@@ -74,7 +74,7 @@ def name_of(function: Function) -> str:
 
 def pair_text(prompt: str, response: str) -> str:
     """Prompt and response, shortened, for a message."""
-    return f"the prompt {shortened(prompt)!r} and the response {shortened(response)!r}"
+    return f"{shortened(response)!r} after the prompt {shortened(prompt)!r}"
 
 
 def _refuse_other_arguments(function: Function, what: str) -> None:
@@ -93,6 +93,6 @@ def _told(error: BaseException) -> str:
     text = shortened(str(error), 200, one_line=True)
     if isinstance(error, SyntaxError):  # its text ends in the place
         return f"{type(error).__name__}: {text}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith("<")]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

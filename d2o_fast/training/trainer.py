@@ -577,6 +577,6 @@ def refuse_many_processes() -> None:
     if world_size() > 1:
         raise D2OError(
             f"started as one of {world_size()} processes (WORLD_SIZE), but d2o-fast trains in one process on one "
-            "device for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node 1, and "
-            "choose the device with CUDA_VISIBLE_DEVICES"
+            "device for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node "
+            "1, and choose the device with CUDA_VISIBLE_DEVICES"
         )

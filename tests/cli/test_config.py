@@ -98,7 +98,15 @@ def wrong_values(name: str) -> list[Any]:
     if rules.get("path") == "file":
         wrong += [os.path.dirname(__file__)]
     if name == "server_url":
-        wrong += ["http://[::1", "localhost:8000", "http://", "http://:80", "http://x:99999", "http://x:port", "ftp://x"]
+        wrong += [
+            "http://[::1",
+            "localhost:8000",
+            "http://",
+            "http://:80",
+            "http://x:99999",
+            "http://x:port",
+            "ftp://x",
+        ]
         wrong += ["http://x y", "http://\u00fc/v1\u00fc", f"http://{'x' * 70}.com", "http://x\n"]
     if name == "report_to":
         wrong += ["wandb", "all", ["wandb"], ["tensorboard", "mlflow"]]

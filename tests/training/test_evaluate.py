@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import re
+import sys
 import types
 
 import pytest
 import torch
 
-from d2o_fast.config import D2OConfig, load_function
+from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import prompt_text
 from d2o_fast.data.tokens import tokenize_rows
-from d2o_fast.errors import D2OError
-from d2o_fast.training.evaluate import judge_model
+from d2o_fast.errors import D2OError, DataError
+from d2o_fast.functions import load_function
+from d2o_fast.training.evaluate import judge_model, load_judge
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 CUT = {"max_length": 32, "max_completion_length": 28, "truncation_mode": "keep_end"}
@@ -30,7 +35,9 @@ def _judge(model, judge, records=None, tokenizer=None, **settings):
 
 
 def test_load_judge_returns_the_function() -> None:
-    assert load_function("d2o_fast.training.evaluate:prompt_text") is prompt_text
+    assert load_function("operator:concat") is operator.concat
+    assert load_judge(D2OConfig(judge="operator:concat")) is operator.concat
+    assert load_judge(D2OConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -51,11 +58,62 @@ def test_load_judge_says_what_is_wrong(name: str, message: str) -> None:
         load_function(name)
 
 
-def test_an_error_inside_the_judges_module_is_not_hidden(tmp_path, monkeypatch) -> None:
-    (tmp_path / "broken_judge.py").write_text("1 / 0\n")
+MODULES = {
+    "def judge(prompt, response): return 1 / 0\n": "",
+    "1 / 0\n": "raises ZeroDivisionError: division by zero (FILE, line 1)",
+    "import sys\n\nsys.exit()\n": "raises SystemExit (FILE, line 3)",
+    "def judge(:\n": "raises SyntaxError: invalid syntax (",
+    "import no_such\n": "cannot be imported (ModuleNotFoundError: No module named 'no_such' (FILE, line 1",
+    "def judges(prompt, response): pass\n": "did you mean 'some_judge:judges'?",
+    "def judge(prompt): pass\n": "must take (prompt, response), two texts: too many positional arguments",
+    "def judge(prompt, response, *, strict): pass\n": "must take (prompt, response), two texts: missing a required",
+    "class judge:\n    pass\n": "must take (prompt, response)",
+    "async def judge(prompt, response): pass\n": "is an async function; it must return its answer itself",
+    "judge = 5\n": "expected a function 'judge' in some_judge, found a int",
+    "def judge(p, r): pass\njudge.labels = 'ab'\n": "attribute labels is 'ab'; it must be a list of texts",
+    "def judge(p, r): pass\njudge.labels = [1]\n": "attribute labels is [1]; it must be a list of texts",
+    "def __getattr__(name): raise OSError('no')\n": "raises OSError: no (FILE, line 1)",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MODULES.items())
+def test_a_judge_is_tried_before_it_judges(text, message, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "some_judge.py"
+    path.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ZeroDivisionError):
-        load_function("broken_judge:judge")
+    monkeypatch.delitem(sys.modules, "some_judge", raising=False)
+    if not message:
+        assert callable(load_judge(D2OConfig(judge="some_judge:judge")))
+        return
+    with pytest.raises(D2OError) as error:
+        load_judge(D2OConfig(judge="some_judge:judge"))
+    assert message.replace("FILE", str(path)) in str(error.value)
+    assert "judge" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "raised", [KeyError("a key"), SystemExit(), RecursionError("too deep"), ValueError("x" * 5000)]
+)
+def test_a_judge_that_raises_is_named_with_the_row(model, raised) -> None:
+    calls = []
+
+    def judge(prompt: str, response: str) -> str:
+        calls.append(prompt)
+        if len(calls) == 3:
+            raise raised
+        return "good"
+
+    with pytest.raises(DataError) as error:
+        _judge(model, judge)
+    assert error.value.__cause__ is raised
+    assert (error.value.source, error.value.row) == ("train_dataset", 3)
+    text = str(error.value)
+    assert re.search(rf"row 3: judge '{__name__}:test_.*judge' raises {type(raised).__name__}", text)
+    assert f"{__file__}, line " in text
+    assert repr(calls[-1])[1:-1] in text
+    assert "\n" not in text
+    assert len(text) < 1000
 
 
 def test_shares_are_counted_over_all_responses(model) -> None:
@@ -89,7 +147,15 @@ def test_scores_are_averaged(model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "message"), [([None], "returned None"), (["good", 1.0], "labels for some responses and scores")]
+    ("verdicts", "message"),
+    [
+        ([None], r"row 1: judge '.*' returned None for '.*' after the prompt 'how to open the lock\?'"),
+        (["good", 1.0], "row 2: .* labels for some responses and scores"),
+        ([1.0, math.nan], "row 2: .* returned nan"),
+        ([1.0, 10**400], "row 2: .* returned 1000"),
+        ([torch.tensor(1.0)], "row 1: .* returned tensor"),
+        ([{"score": 1}], "row 1: .* returned {'score': 1}"),
+    ],
 )
 def test_a_judge_that_returns_something_else_is_refused(model, verdicts, message) -> None:
     answers = iter(verdicts * 8)
