@@ -115,7 +115,7 @@ def _flag_value(name: str, text: str) -> Any:
     kinds = get_args(KINDS[name]) or (KINDS[name],)
     is_list = text.startswith("[") and text.endswith("]") and list[str] in kinds
     if str in kinds and not is_list and not (text == "null" and NoneType in kinds):
-        return text
+        return checked(name, text)
     try:
         return _typed(name, _value(yaml.compose(text, Loader=_Loader)))
     except (yaml.YAMLError, RecursionError) as error:

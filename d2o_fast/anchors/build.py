@@ -66,7 +66,7 @@ def build_store(
     """
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     _check_rows(rows, tokenizer, config)
     references = References(model, tokenizer, config)
     fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)

@@ -84,6 +84,7 @@ class AnchorStore:
             D2OError: the folder or its manifest is missing, a shard is damaged, or a shard is missing and
                 ``require_complete`` is true.
         """
+        folder = os.path.expanduser(folder)
         manifest = read_manifest(Path(folder))
         digests = check_shards(Path(folder), manifest)
         store = cls(str(folder), manifest, digests)

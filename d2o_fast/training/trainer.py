@@ -476,7 +476,7 @@ class D2OTrainer:
         Raises:
             D2OError: a weight is not finite.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         self._refuse_non_finite("the trained model")
         with replace_files(folder) as temporary:

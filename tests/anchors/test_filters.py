@@ -136,6 +136,16 @@ def test_a_score_that_is_no_number_names_the_row(scores: Any, value: Any) -> Non
         filtered([A, B], anchor_score="anchor_scores:given")
 
 
+def test_a_score_that_raises_is_named_with_the_row(scores: Any) -> None:
+    scores.values = iter([1.0])
+    text = (
+        r"^memory, row 1: anchor_score 'anchor_scores:given' raises StopIteration .*anchor_scores.py, line \d+. for '"
+    )
+    with pytest.raises(DataError, match=text) as error:
+        filtered([A, B], anchor_score="anchor_scores:given")
+    assert isinstance(error.value.__cause__, StopIteration)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from d2o_fast import D2OConfig, __version__
+from d2o_fast import D2OConfig, __version__, cli
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.arguments import parse
 from d2o_fast.cli import main
@@ -185,6 +187,10 @@ def test_a_file_with_exponents_and_every_setting_is_read(tmp_path: Path) -> None
         (["eval", "--eval_modl", "x"], "did you mean '--eval_model'?"),
         (["train", "--eval_model", "x"], "unknown flag --eval_model"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["eval", "--dataset_name", "a.jsonl"], "holds no trained model; run `d2o train` first"),
+        (["eval", "--judge_max_prompts=3"], "judge_max_prompts is 3; it must be left out where judge is not set"),
+        (["eval", "--eval_model", "~no_such_user"], "eval_model is '~no_such_user'; it must be a path"),
+        (["anchors", "inspect", "a\0b"], "folder is 'a\\x00b'; it must be a path that can be read"),
         (["doctor", "--jso"], "unknown flag --jso; did you mean '--json'?"),
     ],
 )
@@ -232,3 +238,71 @@ def test_help_and_version_need_no_transformers() -> None:
     assert "d2o doctor" in found
     assert f"d2o-fast {__version__}\n" in found
     assert "transformers" not in found.splitlines()[-1].split()
+
+
+# --- Ends that are no result -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["doctor"]])
+def test_a_reader_that_leaves_is_no_fault(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "d2o_fast.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "d2o_fast.cli", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    found = "error: d2o --help stopped: No space left on device; free some space, or choose another folder\n"
+    assert (done.returncode, done.stderr) == (1, found)
+
+
+def test_output_that_the_terminal_cannot_show_is_written_as_codes(inputs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "d2o_fast.cli", "sample", str(inputs / "config.yaml"), "--dry-run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u27e6 go away" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("raise ValueError('no')", 2, "anchor_score 'cli_score:score' raises ValueError: no ("),
+        ("import sys; sys.exit()", 2, "anchor_score 'cli_score:score' raises SystemExit ("),
+    ],
+)
+def test_a_command_that_is_stopped_says_so_in_a_line(
+    body: str, status: int, message: str, inputs: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "cli_score.py").write_text(f"def score(prompt, response):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cli_score", raising=False)
+    flags = ["--output_dir", str(tmp_path / "run"), "--anchor_score=cli_score:score", "--min_anchor_score=0"]
+    _, error = run(capsys, "sample", str(inputs / "config.yaml"), *flags, status=status)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_the_systems_refusals_are_lines_and_bugs_are_not(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "anchors").write_text("a file where a folder has to be")
+    _, error = run(capsys, "sample", str(inputs / "config.yaml"), "--output_dir", str(tmp_path / "run"), status=1)
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: d2o sample stopped: {tmp_path / 'run' / 'anchors'}")
+    assert line.endswith("; check this path and start again")
+
+    def broken(command: str, arguments: list[str]) -> int:
+        raise OSError("no number: a bug")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(OSError, match="a bug"):
+        main(["doctor"])

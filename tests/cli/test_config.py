@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -20,12 +23,12 @@ import yaml
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
-from d2o_fast import D2OConfig
+from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.anchors.filters import settings_text
 from d2o_fast.anchors.fingerprint import expected_fingerprint
 from d2o_fast.arguments import parse
 from d2o_fast.cli import main
-from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, fixed, having
+from d2o_fast.config import DEFAULTS, FIELDS, KINDS, RENAMED, allowed, fixed, having, refuse_idle
 from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError
 from d2o_fast.training import checkpoint as ckpt
@@ -223,6 +226,120 @@ def test_numpys_numbers_tuples_and_paths_become_pythons() -> None:
         D2OConfig(num_generations=np.float64(2.0))  # type: ignore[arg-type]
 
 
+def test_a_setting_is_checked_whenever_it_is_set() -> None:
+    config = D2OConfig()
+    for name in FIELDS:
+        with pytest.raises(D2OError) as error:
+            setattr(config, name, {"a": 1})
+        refused(name, error.value)
+    assert config == D2OConfig()
+    config.drop_anchors.append("long")  # type: ignore[arg-type]
+    with pytest.raises(D2OError, match=r"drop_anchors is .'long'.; it must be"):
+        config.check()
+    config = D2OConfig(use_peft=True, lora_r=8)
+    config.use_peft = False
+    for check in (config.check, lambda: dataclasses.replace(config), lambda: D2OTrainer(tiny_model(), config, [])):
+        with pytest.raises(D2OError, match="lora_r is 8; it must be left out, or use_peft set"):
+            check()  # type: ignore[operator]
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    config = D2OConfig()
+    for wrong in (
+        lambda: D2OConfig(learnin_rate=1.0),  # type: ignore[call-arg]
+        lambda: dataclasses.replace(config, learnin_rate=1.0),  # type: ignore[call-arg]
+        lambda: setattr(config, "learnin_rate", 1.0),
+    ):
+        with pytest.raises(D2OError, match="no setting 'learnin_rate'; did you mean 'learning_rate'") as error:
+            wrong()
+        assert isinstance(error.value, TypeError)
+    with pytest.raises(D2OError, match=r"settings by name, e\.g\. D2OConfig\(output_dir='runs/x'\)"):
+        D2OConfig("runs/x")  # type: ignore[misc]
+    assert "learning_rate" in inspect.signature(D2OConfig).parameters
+
+
+def test_copies_are_equal_and_apart() -> None:
+    config = D2OConfig(drop_anchors=["empty"], learning_rate=1e-5)
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+        again.learning_rate = 1.0
+        assert config.learning_rate == 1e-5
+        with pytest.raises(D2OError, match="learning_rate is 'x'"):
+            again.learning_rate = "x"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", having("path"))
+def test_home_is_found_for_every_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text(f"{name}: ~/a/b\n")
+    wanted = str(tmp_path / "a" / "b")
+    assert parse("train", [str(tmp_path / "config.yaml")])[1] == {name: wanted}
+    assert parse("train", ["~/config.yaml"])[1] == {name: wanted}
+    assert parse("train", [f"--{name}=~/a/b"])[1] == {name: wanted}
+    beside = BESIDE.get(name, {})
+    assert getattr(D2OConfig(**beside, **{name: "~/a/b"}), name) == wanted
+    assert getattr(D2OConfig(**beside, **{name: Path("~/a/b")}), name) == wanted
+    if list[str] in kinds_of(name):
+        assert getattr(D2OConfig(**beside, **{name: ["~/a/b", "~root/x", "c~"]}), name)[::2] == [wanted, "c~"]
+
+
+def test_every_setting_that_names_a_place_is_a_path() -> None:
+    places = {name for name in FIELDS if name.endswith(("_dir", "_path", "_checkpoint"))}
+    named = {name for name in FIELDS if re.search("folder|file", FIELDS[name].metadata["help"])}
+    assert set(having("path")) >= places | (named - {"report_to"})
+
+
+# --- Settings beside other arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"eval_steps": 5}, {}, "eval_steps is 5; it must be left out where there are no held-out data"),
+        ({"judge": "a:b"}, {}, "judge is 'a:b'; it must be left out where there are no held-out data"),
+        ({"eval_fraction": 0.5}, {}, "eval_fraction is 0.5; it must be left out or its rows given as eval_dataset"),
+        ({"eval_dataset_name": "a"}, {}, "eval_dataset_name is 'a'; it must be left out or its rows"),
+        ({"per_device_eval_batch_size": 2}, {}, "per_device_eval_batch_size is 2; it must be left out where"),
+        ({"judge_max_prompts": 2}, {"held_out": True}, "judge_max_prompts is 2; it must be left out where judge is"),
+        ({"judge_num_generations": 2}, {"held_out": True}, "judge_num_generations is 2; it must be left out where"),
+        ({"use_peft": True, "lora_r": 8}, {"peft_config": True}, "lora_r is 8; it must be left out where peft_config"),
+        ({"anchors_dir": "a"}, {"stores": True}, "anchors_dir is 'a'; it must be left out where all data are stores"),
+    ],
+)
+def test_a_setting_that_would_decide_nothing_is_refused(settings: Any, arguments: Any, message: str) -> None:
+    config = D2OConfig(**settings)
+    with pytest.raises(D2OError, match=message):
+        refuse_idle(config, **{"held_out": False, **arguments})
+
+
+def test_a_template_beside_a_tokenizer_is_used_on_a_copy(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    template = tokenizer.chat_template
+    (tmp_path / "own.jinja").write_text(f"{template}{{# own #}}")
+    config = D2OConfig(chat_template_path=str(tmp_path / "own.jinja"), output_dir=str(tmp_path))
+    trainer = D2OTrainer(tiny_model(), config, tiny_rows(2), processing_class=tokenizer)
+    assert trainer.tokenizer.chat_template == f"{template}{{# own #}}"
+    assert tokenizer.chat_template == template
+    for content, message in ((b" \n", "is empty"), (b"\xff", "cannot be read as UTF-8")):
+        (tmp_path / "own.jinja").write_bytes(content)
+        with pytest.raises(D2OError, match=f"chat_template_path '.*own.jinja' {message}"):
+            D2OTrainer(tiny_model(), config, tiny_rows(2), processing_class=tokenizer)
+
+
+def test_attention_and_name_beside_a_model(tmp_path: Path) -> None:
+    tokenizer, rows = tiny_tokenizer(), tiny_rows(2)
+    config = D2OConfig(attn_implementation="eager", model_name_or_path="some/name", output_dir=str(tmp_path))
+    model = tiny_model()
+    assert model.config._attn_implementation != "eager"
+    trainer = D2OTrainer(model, config, rows, processing_class=tokenizer)
+    assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.args.model_name_or_path == "some/name"
+    with pytest.raises(D2OError, match="attn_implementation 'quick' cannot be set"):
+        D2OTrainer(model, D2OConfig(attn_implementation="quick"), rows, processing_class=tokenizer)
+    with pytest.raises(D2OError, match="model_name_or_path is 'some/name'; it must be left out, or the model's name"):
+        D2OTrainer("other/name", config, rows, processing_class=tokenizer)
+
+
 # --- Several settings together ---------------------------------------------------------------------------------------
 
 
@@ -244,6 +361,17 @@ def test_numpys_numbers_tuples_and_paths_become_pythons() -> None:
         ({"anchor_score": "a:b"}, "anchor_score is 'a:b'; it must be beside min_anchor_score, or num_draws above"),
         ({"num_draws": 3}, "num_draws is 3; it must be at least num_generations"),
         ({"max_length": 256}, "max_completion_length is 256; it must be less than max_length"),
+        ({"server_timeout": 1.0}, "server_timeout is 1.0; it must be left out, or server_url set"),
+        ({"refresh_strategy": "epoch"}, "refresh_strategy is 'epoch'; it must be left out, or refresh_every set"),
+        ({"dataset_split": "test"}, "dataset_split is 'test'; it must be left out, or dataset_name set"),
+        (
+            {"dataset_split": "test", "dataset_name": "a.jsonl", "eval_dataset_name": ["b*.JSON", "c.parquet"]},
+            "dataset_split is 'test'; it must be left out where all data are files",
+        ),
+        (
+            {"eval_dataset_name": "a", "eval_fraction": 0.1},
+            "eval_fraction is 0.1; it must be 0 where eval_dataset_name",
+        ),
         ({"alpha": 0, "beta": 0.0}, "alpha is 0; it must be above 0 where beta is 0"),
         ({"refresh_every": 1, "server_url": "http://x"}, "refresh_every is 1; it must be 0 while server_url"),
         ({"refresh_every": 1, "ref_model_neg": "a"}, "refresh_every is 1; it must be 0 while ref_model_neg"),
@@ -258,6 +386,7 @@ def test_what_the_rules_for_two_leave_allowed() -> None:
     D2OConfig(num_train_epochs=-1, max_steps=5)
     D2OConfig(use_peft=True, lora_r=8)
     D2OConfig(warmup_steps=0.2, warmup_ratio=0.2)
+    D2OConfig(dataset_split="test", dataset_name=["a.jsonl", "some/hub"])
 
 
 @pytest.mark.parametrize(
@@ -330,6 +459,81 @@ def test_a_name_of_older_versions_is_answered_with_the_new_one(name: str, tmp_pa
     for arguments in ([str(tmp_path / "config.yaml")], [f"--{name}", "true"]):
         with pytest.raises(D2OError, match=f"{name}.*of older versions; {re.escape(RENAMED[name])}"):
             parse("train", arguments)
+
+
+LINES = {
+    "seed: 010": "seed is '010'",  # 8 in YAML 1.1
+    "seed: 0x10": "seed is '0x10'",
+    "seed: 1:30": "seed is '1:30'",  # 90 in YAML 1.1
+    "seed: 2024-01-01": "seed is '2024-01-01'",
+    "seed: yes": "seed is True",
+    "seed: '5'": "seed is '5'",
+    "seed:": "seed is None",
+    "seed: !!int ''": "seed is int",
+    "use_peft: !!bool maybe": "use_peft is bool maybe",
+    "output_dir: !!timestamp x": "output_dir is timestamp x",
+    "judge: !!python/name:os.system": "judge is python/name:os.system",
+    "judge: !!python/object/apply:os.getcwd []": "judge is []",
+    "drop_anchors: [null]": "drop_anchors is [None]",
+    "drop_anchors: [[empty]]": "drop_anchors is [a mapping or a list]",
+    "drop_anchors: [&a [x], *a, *a]": "drop_anchors is [a mapping or a list, a mapping or a list, a mapping or a list]",
+    "drop_anchors: &a [*a]": "drop_anchors is [a mapping or a list]",
+    "<<: {alpha: 0.5}": "unknown setting '<<'",
+    "training:\n  alpha: 1": "unknown setting 'training'",
+    "? [a]\n: 1": "line 1: the name of a setting must be a word",
+    "5: 6": "unknown setting '5'",
+    "alpha: 1\n---\nbeta: 2": "is not YAML: expected a single document",
+    "seed: *a": "is not YAML: found undefined alias",
+    "alpha:1": "must hold lines of the form 'name: value'",
+    "seed: " + "[" * 100000: "nested too deep",
+    "#" * (1 << 20) + "\nseed: 1": "more than 1 MiB are no settings file",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), LINES.items(), ids=[text[:20] for text in LINES])
+def test_a_file_with_what_no_setting_means_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(D2OError) as error:
+        parse("train", [str(path)])
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_aliases_cannot_multiply(tmp_path: Path) -> None:
+    lists = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
+    merged = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 40)]
+    for first, rest in (("a0: &a0 [x]", lists), ("a0: &a0 {x: 1}", merged)):
+        (tmp_path / "config.yaml").write_text("\n".join([first, *rest]))
+        with pytest.raises(D2OError, match="unknown setting 'a0'"):
+            parse("train", [str(tmp_path / "config.yaml")])
+
+
+def test_a_byte_order_mark_and_dates_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xef\xbb\xbfoutput_dir: 2024-01-01\r\nseed: 1_000\r\njudge: !!str 5\r\n")
+    assert parse("train", [str(tmp_path / "config.yaml")])[1] == {
+        "output_dir": "2024-01-01",
+        "seed": 1000,
+        "judge": "5",
+    }
+    (tmp_path / "config.yaml").write_bytes("seed: 1".encode("utf-16"))
+    with pytest.raises(D2OError, match=r"is not UTF-8 .byte 0.; save it as UTF-8"):
+        parse("train", [str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize("given", [["--seed", "1", "--seed=2"], ["a.yaml", "--config", "b.yaml"]])
+def test_a_flag_that_is_given_twice_is_refused(given: list[str]) -> None:
+    with pytest.raises(D2OError, match=r"the flag --(seed|config) is given twice"):
+        parse("train", given)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@[::1", "http://x:secret@host:port", "http://[x?key=secret", "ftp://h/?secret"]
+)
+def test_an_address_with_a_password_is_not_shown(url: str) -> None:
+    with pytest.raises(D2OError, match="server_url") as error:
+        D2OConfig(server_url=url)
+    assert "secret" not in str(error.value)
 
 
 # --- Described once --------------------------------------------------------------------------------------------------

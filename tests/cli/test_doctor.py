@@ -13,7 +13,9 @@ import torch
 
 from d2o_fast import doctor
 from d2o_fast.cli import main
+from d2o_fast.errors import D2OError
 from d2o_fast.loss.ops import choose_engine
+from d2o_fast.training.trainer import refuse_many_processes
 
 
 def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,11 @@ def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_processes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert doctor.examine()["paths"]["processes"]["runs"].startswith("none")
+    for wrong in ("abc", "2.0", "-1", "0", "9" * 5000):
+        monkeypatch.setenv("WORLD_SIZE", wrong)
+        assert "WORLD_SIZE is '" in doctor.examine()["paths"]["processes"]["not"]["any"]
+        with pytest.raises(D2OError, match="WORLD_SIZE is '"):
+            refuse_many_processes()
 
 
 def test_without_a_loss_path_both_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

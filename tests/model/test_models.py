@@ -74,9 +74,9 @@ def test_decoder_and_head_give_the_models_own_log_probabilities(model_type: str)
 
 def test_a_softcap_on_attention_is_loaded_with_eager(tmp_path: Path) -> None:
     small("gemma2").save_pretrained(tmp_path)
-    assert load_model(D2OConfig(str(tmp_path))).config._attn_implementation == "eager"
+    assert load_model(D2OConfig(model_name_or_path=str(tmp_path))).config._attn_implementation == "eager"
     small("llama").save_pretrained(tmp_path)
-    assert load_model(D2OConfig(str(tmp_path))).config._attn_implementation == "sdpa"
+    assert load_model(D2OConfig(model_name_or_path=str(tmp_path))).config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
