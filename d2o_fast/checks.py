@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
-from d2o_fast.errors import D2OError, refusal
+from d2o_fast.errors import refusal
 
 MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}

@@ -24,7 +24,7 @@ from d2o_fast.anchors.build import open_store
 from d2o_fast.anchors.references import describe_references, reference_names
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.checks import world_size
-from d2o_fast.config import D2OConfig, load_function, refuse_idle
+from d2o_fast.config import D2OConfig, refuse_idle
 from d2o_fast.data.on_disk import subset
 from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example, Row
@@ -38,7 +38,7 @@ from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, ref
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training import output, unchanged
 from d2o_fast.training.ending import Signals, Stopped, explained
-from d2o_fast.training.evaluate import evaluate_model
+from d2o_fast.training.evaluate import evaluate_model, load_judge
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.training.model_card import code, model_card, public_path
 from d2o_fast.training.order import PromptOrder
@@ -96,8 +96,7 @@ class D2OTrainer:
         _refuse_wrong_objects(args, processing_class, peft_config, callbacks)
         stores = all(data is None or isinstance(data, AnchorStore) for data in (train_dataset, eval_dataset))
         refuse_idle(args, eval_dataset is not None, peft_config is not None, stores)
-        if args.judge:
-            load_function(args.judge)  # a wrong name is known before the first draw
+        load_judge(args)  # a wrong name is known before the first draw
         self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
         self.tokenizer = with_template(processing_class, self.args) if processing_class else load_tokenizer(self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
