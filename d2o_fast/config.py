@@ -89,6 +89,7 @@ class D2OConfig:
     dataset_name: str | list[str] | None = setting(
         None, ".jsonl, .json or .parquet file, pattern, hub name, or a list of them", path="any"
     )
+    dataset_config: str | None = setting(None, "configuration of a hub data set", needs="dataset_name")
     dataset_split: str = setting("train", "split of a hub data set", needs="dataset_name")
     eval_dataset_name: str | list[str] | None = setting(None, "held-out data in the same forms", path="any")
     eval_fraction: float = setting(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import reprlib
+import unicodedata
+
+_JOINERS = "\u200c\u200d"  # join and part letters in Persian, Hindi and emoji
 
 
 class D2OError(ValueError):
-    """A fault in the input, the configuration or a folder. The message gives the remedy."""
+    """A fault in the input, the configuration or a folder. The message gives the remedy, and is safe to print."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class UnknownSettingError(D2OError, TypeError):
@@ -18,9 +24,9 @@ class DataError(D2OError):
 
     def __init__(self, source: str, row: int | None, field: str | None, found: str, fix: str) -> None:
         self.source, self.row, self.field, self.found, self.fix = source, row, field, found, fix
-        place = source if row is None else f"{source}, row {row}"
+        place = printable(source, one_line=True) + ("" if row is None else f", row {row}")
         if field is not None:
-            place += f", field '{field}'"
+            place += f", field '{printable(field, one_line=True)}'"
         super().__init__(f"{place}: {found}. {fix}")
 
 
@@ -37,12 +43,20 @@ class FingerprintError(D2OError):
         )
 
 
-def printable(text: str) -> str:
-    """``text`` with every control, format and unpaired surrogate character but newline and tab written as an escape.
+def printable(text: str, one_line: bool = False) -> str:
+    """``text`` with escapes for characters that steer a terminal or hide: controls, bidi marks, lone surrogates.
 
-    A terminal obeys such characters: they move the cursor, clear lines and hide text.
+    Newlines and tabs stay, unless it must be one line.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    if text.isascii() and text.isprintable():
+        return text
+    kept = _JOINERS if one_line else _JOINERS + "\n\t"
+    return "".join(
+        c
+        if c.isprintable() or c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def shortened(text: str, limit: int = 40, one_line: bool = False) -> str:
@@ -63,5 +77,5 @@ def shown(value: object) -> str:
     short.maxstring = short.maxother = short.maxlong = 200
     try:
         return shortened(short.repr(value), 200, one_line=True)
-    except ValueError:  # an integer with more digits than Python writes
+    except Exception:  # an integer with more digits than Python writes; a class may raise anything
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"

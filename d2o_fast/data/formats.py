@@ -18,15 +18,17 @@ Every fault raises a DataError with the file, the row, the field, the fault and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from d2o_fast.data.row import Messages, Row, Text
-from d2o_fast.errors import DataError, shortened
+from d2o_fast.errors import DataError, shortened, shown
 
 _UNPAIRED = ("prompt", "completion", "label")
 _SAFE_RLHF = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 _TRANSCRIPT_MARK = "\n\nAssistant:"
+_DEEPEST = 100  # levels of a value in a message
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ACCEPTED = (
     "Give prompt + rejected (+ anchors), or prompt + completion + label, or PKU-SafeRLHF's prompt + response_0 + "
@@ -232,18 +234,47 @@ def _messages(value: list[Any], field: str, source: str, index: int) -> Messages
             fix = "A list must hold messages: objects with role and content"
             raise DataError(source, index, place, f"found {kind(message)} where a message belongs", fix)
         if message.get("role") not in _ROLES:
-            found = f"role is {shortened(repr(message.get('role')))}"
+            found = f"role is {shortened(shown(message.get('role')))}"
             raise DataError(source, index, place, found, f"Use one of {', '.join(_ROLES)}")
         if not isinstance(message.get("content"), str):
             found = f"content is {kind(message.get('content'))}"
             raise DataError(source, index, place, found, "Give the content as a string")
         _require_unicode(message["content"], place, source, index)
-        messages.append({name: part for name, part in message.items() if part is not None})
+        messages.append(_without_nulls(message, place, source, index))
     return messages
 
 
+def _without_nulls(value: Any, place: str, source: str, index: int, depth: int = 0) -> Any:
+    """``value`` without keys whose value is null, at any depth: Arrow gives every object the keys of all others.
+
+    Raises:
+        DataError: it is no JSON, or nested too deep.
+    """
+    if isinstance(value, str):
+        _require_unicode(value, place, source, index)
+        return value
+    number = isinstance(value, int) and value.bit_length() < 1 << 10
+    if value is None or number or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if depth == _DEEPEST:
+        raise DataError(source, index, place, f"nested more than {_DEEPEST} levels deep", "Give it as a string")
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # a map of Arrow
+            return _without_nulls(dict(value), place, source, index, depth)
+        return [_without_nulls(item, place, source, index, depth + 1) for item in value]
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise DataError(source, index, place, f"found {kind(value)}, which is no JSON", "Make it a string")
+    for name in value:
+        _require_unicode(name, place, source, index)
+    return {
+        name: _without_nulls(part, f"{place}.{name}", source, index, depth + 1)
+        for name, part in value.items()
+        if part is not None
+    }
+
+
 def _columns(record: dict[str, Any]) -> str:
-    return f"the columns are {', '.join(map(str, record)) or 'none'}"
+    return f"the columns are {shortened(', '.join(map(str, record)), 300) or 'none'}"
 
 
 def kind(value: Any) -> str:
@@ -257,4 +288,4 @@ def kind(value: Any) -> str:
     }
     if value is None:
         return "nothing (null)"
-    return f"{names.get(type(value), type(value).__name__)} {shortened(repr(value))}"
+    return f"{names.get(type(value), type(value).__name__)} {shortened(shown(value))}"

@@ -19,7 +19,7 @@ from typing import TypeVar, overload
 import numpy as np
 
 from d2o_fast.data.row import Row, row_key
-from d2o_fast.errors import D2OError, DataError
+from d2o_fast.errors import D2OError
 
 Item = TypeVar("Item", covariant=True)
 
@@ -71,14 +71,9 @@ class RowFile(LazySequence[Row]):
         """Appends a row.
 
         Raises:
-            DataError: a message holds a value that JSON cannot hold (a date, bytes).
             D2OError: the file cannot be written.
         """
-        try:
-            text = _compact([row.prompt, row.rejected, row.anchors, row.source, row.index])
-        except TypeError as error:
-            found = f"a message holds what is no JSON ({error})"
-            raise DataError(row.source, row.index, None, found, "Make it a string, or leave it out") from error
+        text = _compact([row.prompt, row.rejected, row.anchors, row.source, row.index])
         data = text.encode("utf-8", "surrogatepass")
         self._starts.append(self._file.append(data))
         self._sizes.append(len(data))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +19,16 @@ import numpy as np
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.formats import USED, Format, format_of, kind
 from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, subset
+from d2o_fast.data.parsing import Numbered, read_json, read_parquet, regular_file
 from d2o_fast.data.row import Row, prompt_key, row_key
-from d2o_fast.errors import D2OError, DataError, shortened
+from d2o_fast.errors import D2OError, DataError, refusal, shortened, visible
 
 logger = logging.getLogger("d2o_fast")
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
-_BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
-_BATCH = 256  # rows of a Parquet file in memory at a time
-_BUFFER = 1 << 20  # bytes of the read buffer of each column
+_READ = set[str]().union(*USED.values()) | {"chosen"}  #: columns that decide the form of a row, or are read
+#: Columns that are not used although they may be meant to reach the model.
+_CONTENT = {"system", "system_prompt", "instruction", "input", "context", "history", "tools", "documents", "images"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Source:
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
-    """The negatives in ``name``: a .jsonl, .json or .parquet file, or the split of a data set on the Hugging Face hub.
+def read_rows(name: str | Sequence[str], split: str = "train", configuration: str | None = None) -> Sequence[Row]:
+    """The negatives in ``name``: a .jsonl, .json or .parquet file, or the split of a data set (and
+    one ``configuration`` of it) on the Hugging Face hub or in a folder.
 
     ``name`` may be a pattern (``data/*.jsonl``) or a list of names, read in order. A row with the prompt, negative and
     anchors of an earlier row is left out, and the log gives the number. Rows are checked one by one and kept in a
@@ -57,11 +58,13 @@ def read_rows(name: str | Sequence[str], split: str = "train") -> Sequence[Row]:
         D2OError: the temporary file cannot be written.
     """
     rows = RowFile()
-    read_sources(name, split, rows)
+    read_sources(name, split, configuration, rows)
     return without_duplicates(rows)
 
 
-def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile | None = None) -> list[Source]:
+def read_sources(
+    name: str | Sequence[str], split: str = "train", configuration: str | None = None, rows: RowFile | None = None
+) -> list[Source]:
     """A ``Source`` for each file or data set that ``name`` matches, in order, duplicates included.
 
     Args:
@@ -77,7 +80,7 @@ def read_sources(name: str | Sequence[str], split: str = "train", rows: RowFile 
         if each in names[:i]:
             raise DataError(each, None, None, "named twice in dataset_name", "Name each file once")
     rows = RowFile() if rows is None else rows
-    return [_read_source(each, split, rows) for each in names]
+    return [_read_source(each, split, configuration, rows) for each in names]
 
 
 def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
@@ -94,6 +97,8 @@ def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _matching(name: str) -> list[str]:
     path = os.path.expanduser(name)
+    if "\0" in name:
+        raise DataError(name, None, None, "no file has a NUL in its name", "Check dataset_name")
     if not glob.has_magic(path) or os.path.exists(path):
         return [name]
     found = sorted(glob.glob(path, recursive=True))
@@ -102,22 +107,34 @@ def _matching(name: str) -> list[str]:
     return found
 
 
-def _read_source(name: str, split: str, rows: RowFile) -> Source:
+def _read_source(name: str, split: str, configuration: str | None, rows: RowFile) -> Source:
     path, extension = os.path.expanduser(name), os.path.splitext(name)[1].lower()
-    if extension not in _EXTENSIONS and os.path.isfile(path):
-        raise DataError(name, None, None, f"unknown file type '{extension}'", f"Give one of {', '.join(_EXTENSIONS)}")
-    if extension in _EXTENSIONS or name.startswith((".", "/", "~")):
-        if not os.path.exists(path):
-            raise DataError(name, None, None, "no such file", "Check dataset_name")
-        if os.path.isfile(path):
-            return _source(_read_parquet(path) if extension == ".parquet" else _read_json(path), name, rows)
+    if extension in _EXTENSIONS or name.startswith((".", "/", "~")) or os.path.lexists(path):
+        if regular_file(path, name):
+            if extension not in _EXTENSIONS:
+                found = f"unknown file type '{extension}'"
+                raise DataError(name, None, None, found, f"Give one of {', '.join(_EXTENSIONS)}")
+            if configuration is not None:
+                raise refusal("dataset_config", configuration, f"left out: {name} is a file and has no configurations")
+            return _source(read_parquet(path, _READ) if extension == ".parquet" else read_json(path), name, rows)
+        script = f"{os.path.basename(os.path.abspath(path))}.py"
+        if os.path.exists(os.path.join(path, script)):
+            found = f"a data set that a script makes, {script}"
+            raise DataError(name, None, None, found, "Scripts are never run: save its rows")
     import datasets  # slow to import; needed only for folders and names on the hub
 
     try:
-        records = datasets.load_dataset(path if os.path.isdir(path) else name, split=split)
-    except Exception as error:  # the hub, a script or a broken file may raise anything
+        if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            records = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            records = datasets.load_dataset(path if os.path.isdir(path) else name, configuration, split=split)
+    except Exception as error:  # the hub or a broken file may raise anything
         found = f"datasets cannot load split '{split}' ({type(error).__name__}: {shortened(str(error), 300)})"
-        raise DataError(name, None, None, found, "Check dataset_name, dataset_split and the network") from error
+        fix = "Check dataset_name, dataset_split and the network"
+        if "onfig" in str(error):  # the message of datasets names the configurations that there are
+            fix = "Set dataset_config to one of its configurations"
+        raise DataError(name, None, None, found, fix) from error
     return _source(_numbered(records, name), name, rows)
 
 
@@ -136,71 +153,44 @@ def rows_from(records: Any, source: str = "train_dataset") -> Sequence[Row]:
     return _source(_numbered(records, source), source, [] if isinstance(records, list) else RowFile()).rows
 
 
-def _numbered(records: Any, source: str) -> Iterator[tuple[int, Any]]:
+def _numbered(records: Any, source: str) -> Numbered:
     if hasattr(records, "keys"):  # a DatasetDict, or the columns of a table
         found = f"a {type(records).__name__} with the keys {', '.join(map(str, records))}"
         raise DataError(source, None, None, found, "Choose one split, or pass a list with one dict per row")
     if isinstance(records, str | bytes) or not hasattr(records, "__len__"):
         raise DataError(source, None, None, kind(records), "Pass a list of dicts or a datasets.Dataset")
-    yield from enumerate(records, start=1)
-
-
-def _read_json(path: str) -> Iterator[tuple[int, Any]]:
+    others = dict[str, None]()
+    if _READ & set(getattr(records, "column_names", ())) and hasattr(
+        records, "select_columns"
+    ):  # other columns may hold images, which take time and more packages to read
+        others = dict.fromkeys(name for name in records.column_names if name not in _READ)
+        records = records.with_format(None).select_columns([n for n in records.column_names if n in _READ])
+    row = 0
     try:
-        with open(path, "rb") as file:
-            start = file.read(1 << 12).removeprefix(_BOM).lstrip()
-            file.seek(0)
-            if path.lower().endswith(".json") and start.startswith(b"["):
-                yield from enumerate(_parse(file.read().removeprefix(_BOM), path, None), start=1)
-                return
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(_BOM).rstrip()
-                if line:
-                    yield number, _parse(line, path, number)
-    except OSError as error:
-        raise DataError(path, None, None, f"cannot be read ({error.strerror})", "Check its permissions") from error
-
-
-def _parse(data: bytes, path: str, row: int | None) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(path, row, None, f"not UTF-8 (byte {error.start})", "Save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if row is not None else f"line {error.lineno}, column {error.colno}"
-        fix = "Write one JSON object per line" if row is not None else "Write one list of JSON objects"
-        raise DataError(path, row, None, f"not valid JSON ({error.msg}, {place})", fix) from error
-
-
-def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
-            row = 0
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
-    except (OSError, pyarrow.ArrowException) as error:
-        found = f"not readable as Parquet ({shortened(str(error), 200)})"
-        raise DataError(path, None, None, found, "Write the file again") from error
+        for record in records:
+            row += 1
+            yield row, {**others, **record} if row == 1 and others else record
+    except Exception as error:  # a data set may lose its files, or hold what it cannot read
+        found = f"the row cannot be read ({type(error).__name__}: {shortened(str(error), 200)})"
+        raise DataError(source, row + 1, None, found, "Correct the row, or load the data set again") from error
 
 
 def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
     """Appends the negatives of ``records`` to ``rows``."""
-    count, first, unused = 0, len(rows), list[str]()
+    count, first, unused, source = 0, len(rows), list[str](), visible(source, one_line=True)
     format_: Format | None = None
     for index, record in records:
         count += 1
         if not isinstance(record, dict):
             raise DataError(source, index, None, f"found {kind(record)}", "Each row must be an object with columns")
-        if format_ is None:
-            format_ = format_of(record, source, index)
-            unused = sorted(set(record) - USED[format_])
-        for row in format_(record, source, index):
-            rows.append(row)
+        try:
+            if format_ is None:
+                format_ = format_of(record, source, index)
+                unused = sorted({str(name) for name in record} - USED[format_])
+            for row in format_(record, source, index):
+                rows.append(row)
+        except RecursionError as error:
+            raise DataError(source, index, None, "a value that is nested too deep", "Leave it out") from error
     if count == 0:
         raise DataError(source, None, None, "no rows", "Give at least one prompt with its negative")
     assert format_ is not None
@@ -211,7 +201,11 @@ def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | R
     columns = format_.__doc__ or ""
     logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows) - first, columns)
     if unused:
-        logger.info("%s: columns that are not used: %s", source, ", ".join(unused))
+        names = visible(shortened(", ".join(unused), 300), one_line=True)
+        content = ", ".join(name for name in unused if name in _CONTENT)
+        if content:
+            logger.warning("%s: the model never sees these columns, they are not used: %s", source, content)
+        logger.info("%s: columns that are not used: %s", source, names)
     return Source(source, columns, unused, count, subset(rows, range(first, len(rows))))
 
 
@@ -248,11 +242,11 @@ def read_datasets(config: D2OConfig) -> tuple[Sequence[Row], Sequence[Row] | Non
     """
     if config.dataset_name is None:
         raise D2OError("dataset_name is not set; give a .jsonl, .json or .parquet file, or a name on the hub")
-    rows = read_rows(config.dataset_name, config.dataset_split)
+    rows = read_rows(config.dataset_name, config.dataset_split, config.dataset_config)
     if config.eval_dataset_name is not None:
         if config.eval_fraction > 0:
             raise D2OError("eval_dataset_name and eval_fraction are both set; held-out data come from one of them")
-        held_out = read_rows(config.eval_dataset_name, config.dataset_split)
+        held_out = read_rows(config.eval_dataset_name, config.dataset_split, config.dataset_config)
         shared = Digests(map(prompt_key, rows)).shared_with(Digests(map(prompt_key, held_out)))
         if shared:
             logger.warning("%d prompts of eval_dataset_name are in dataset_name too, and trained on", shared)

@@ -105,7 +105,7 @@ def test_no_room_is_an_error_that_says_where(tmp_path: Path, monkeypatch: pytest
 def test_what_json_cannot_hold_is_named() -> None:
     message = {"role": "user", "content": "a", "at": datetime.date(2026, 1, 1)}
     records = datasets.Dataset.from_list([{"prompt": [message], "rejected": ANSWER}])
-    with pytest.raises(DataError, match=r"here, row 1: a message holds what is no JSON \(.*date.*\)\. Make it a str"):
+    with pytest.raises(DataError, match=r"here, row 1, field 'prompt\[0\]\.at': found date .*no JSON\. Make it a str"):
         rows_from(records, "here")
 
 

@@ -314,7 +314,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_rows(str(broken))
     with pytest.raises(DataError, match=r"latin.jsonl, row 2: not UTF-8"):
         read_rows(str(tmp_path / "latin.jsonl"))
-    with pytest.raises(DataError, match=r"broken.json: not valid JSON \(.*line 2"):
+    with pytest.raises(DataError, match=r"broken.json, row 1: not valid JSON \(.*line 2"):
         read_rows(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match=r"a.csv: unknown file type '.csv'. Give one of .jsonl"):
         read_rows(str(tmp_path / "a.csv"))
