@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
+from d2o_fast.data.rendering import ChatTemplate
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError, DataError, shortened
 
@@ -26,7 +26,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
 
     Raises:
         DataError: a prompt that leaves no room for a response, messages without a chat template or with one that
-            rewrites the prompt when the response is added, a text without tokens.
+            rewrites the prompt or the response, a text that the tokenizer refuses, or without tokens.
     """
     return list(tokenized(rows, tokenizer, config))
 
@@ -37,10 +37,10 @@ def tokenized(
     """Yields ``tokenize_rows`` one row at a time.
 
     Args:
-        log: whether to log the numbers of cuts after the last row.
+        log: whether to log the numbers of cuts, and what the chat template changes, after the last row.
     """
     cut_prompts = cut_responses = merged = 0
-    for row, (whole, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer), strict=True):
+    for row, (whole, responses, row_merged) in zip(rows, encode_rows(rows, tokenizer, log), strict=True):
         if is_too_long(whole, config):
             found = f"{len(whole)} tokens, of which max_length ({config.max_length}) leaves none for a response"
             raise DataError(row.source, row.index, "prompt", found, "Shorten it, remove the row or raise max_length")
@@ -65,15 +65,20 @@ def tokenized(
 
 
 def encode_rows(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, log: bool = True
 ) -> Iterator[tuple[list[int], list[list[int]], bool]]:
     """Yields ``Encoder.encode`` of each row, uncut.
+
+    Args:
+        log: whether to warn after the last row of what the chat template changes.
 
     Raises:
         DataError: as ``tokenize_rows``, except for lengths.
     """
     encoder = Encoder(tokenizer)
     yield from map(encoder.encode, rows)
+    if log:
+        encoder.template.warn()
 
 
 def encode_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -95,9 +100,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterabl
     encoder = Encoder(tokenizer)
     named = model.generation_config.eos_token_id
     stops = {encoder.eos, *(named if isinstance(named, list) else [] if named is None else [named])}
-    if tokenizer.chat_template is not None and any(not isinstance(row.prompt, str) for row in rows):
-        stops.update(encoder.turn_end[:1])
-    return sorted(stops)
+    chat = None if tokenizer.chat_template is None else next((r for r in rows if not isinstance(r.prompt, str)), None)
+    return sorted(stops if chat is None else {*stops, encoder.end(chat)})
 
 
 def is_too_long(prompt_ids: list[int], config: D2OConfig) -> bool:
@@ -126,121 +130,115 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise D2OError("the tokenizer has no eos_token; responses could not end. Set eos_token in it")
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self.eos: int = tokenizer.eos_token_id
-        self.prefix = self._specials_in_front()
-        self.adds_space = tokenizer.convert_ids_to_tokens(self._ids(["a"])[0])[0].startswith("\u2581")
-
-    @functools.cached_property
-    def turn_end(self) -> list[int]:
-        """Ids that the template writes after a response, from the first special token on; [] if there is none."""
-        content = "d2o"
-        text = self._template([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
-        tail = self._ids([text[text.rindex(content) + len(content) :]])[0]
-        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        first = next((i for i, token in enumerate(tail) if token in special), len(tail))
-        return tail[first:]
+        self._prefix: list[int] | None = None
+        self._turn_ends: dict[str, list[int]] = {}
 
     def encode(self, row: Row) -> tuple[list[int], list[list[int]], bool]:
         """(prompt ids, ids of the negative and each given anchor, whether any response was tokenised alone)."""
         responses = [row.rejected, *(row.anchors or [])]
-        chat = not isinstance(row.prompt, str)
-        prompt, fulls = self._render(row, responses) if chat else _joined(row.prompt, responses)
-        prompt_ids, response_ids, merged = self._split(prompt, fulls, chat)
-        if not prompt_ids:
-            raise DataError(row.source, row.index, "prompt", "the tokenizer makes no tokens of it", "Remove the row")
+        if isinstance(row.prompt, str):
+            prompt, fulls, ends = row.prompt, [row.prompt + response for response in responses], [""] * len(responses)
+        else:
+            rendered = self.template.render(row, responses)
+            prompt, fulls, ends = rendered.prompt, rendered.fulls, rendered.ends
+        prompt_ids, response_ids, merged = self._split(row, prompt, fulls)
         out = []
-        for i, response in enumerate(response_ids):
-            response = self._ended(response, chat)
-            if len(response) == 1 and response[0] in (self.eos, *(self.turn_end[:1] if chat else [])):
-                field = "rejected" if i == 0 else f"anchors[{i - 1}]"
-                raise DataError(row.source, row.index, field, "the tokenizer makes no tokens of it", "Remove the row")
+        for i, (response, text) in enumerate(zip(response_ids, ends, strict=True)):
+            end = self._turn_end(row, text)
+            response = self._ended(response, end)
+            if len(response) == 1 and response[0] in (self.eos, *end[:1]):
+                raise DataError(
+                    row.source, row.index, _field(i), "the tokenizer makes no tokens of it", "Remove the row"
+                )
             out.append(response)
         return prompt_ids, out, merged
 
     def prompt(self, row: Row) -> list[int]:
         """Ids of the row's prompt."""
-        chat = not isinstance(row.prompt, str)
-        return self._split(self._render(row, [])[0] if chat else str(row.prompt), [], chat)[0]
+        return self._split(row, self._prompt_text(row), [])[0]
 
     def continuations(self, row: Row, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text after the row's prompt. The text gets no template and no end."""
-        chat = not isinstance(row.prompt, str)
-        prompt = self._render(row, [])[0] if chat else str(row.prompt)
-        return self._split(prompt, [prompt + text for text in texts], chat)[1]
+        prompt = self._prompt_text(row)
+        return self._split(row, prompt, [prompt + text for text in texts])[1]
 
     def end(self, row: Row) -> int:
         """The token that ends a response to this row."""
-        return self.turn_end[0] if not isinstance(row.prompt, str) and self.turn_end else self.eos
+        if isinstance(row.prompt, str) or isinstance(row.rejected, str):
+            return self.eos
+        end = self._turn_end(row, self.template.render(row, [row.rejected]).ends[0])
+        return end[0] if end else self.eos
 
-    def _split(self, prompt: str, fulls: list[str], chat: bool) -> tuple[list[int], list[list[int]], bool]:
+    def _prompt_text(self, row: Row) -> str:
+        return row.prompt if isinstance(row.prompt, str) else self.template.prompt(row)
+
+    def _turn_end(self, row: Row, text: str) -> list[int]:
+        """Ids of what a template writes after a response, from the first special token on; [] if there is none."""
+        if text not in self._turn_ends:
+            tail = self._ids(row, [text])[0]
+            special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+            first = next((i for i, token in enumerate(tail) if token in special), len(tail))
+            self._turn_ends[text] = tail[first:]
+        return self._turn_ends[text]
+
+    def _split(self, row: Row, prompt: str, fulls: list[str]) -> tuple[list[int], list[list[int]], bool]:
         """(prompt ids, ids of the part after the prompt in each of ``fulls``, whether any was tokenised alone)."""
-        prompt_ids, *full_ids = self._ids([prompt, *fulls])
-        if not chat and prompt_ids[: len(self.prefix)] != self.prefix:  # unless the text brings its own BOS
-            prompt_ids = self.prefix + prompt_ids
-            full_ids = [self.prefix + full for full in full_ids]
+        try:
+            prompt_ids, *full_ids = self._ids(row, [prompt, *fulls])
+        except DataError:
+            for i, text in enumerate([prompt, *fulls]):
+                self._ids(row, [text], _field(i - 1) if i else "prompt")  # names the first text that fails
+            raise
+        if not prompt_ids:
+            raise DataError(row.source, row.index, "prompt", "the tokenizer makes no tokens of it", "Remove the row")
+        if isinstance(row.prompt, str):
+            if self._prefix is None:
+                self._prefix = self._specials_in_front(row, prompt, prompt_ids)
+            if prompt_ids[: len(self._prefix)] != self._prefix:  # unless the text brings its own BOS
+                prompt_ids = self._prefix + prompt_ids
+                full_ids = [self._prefix + full for full in full_ids]
         out, merged = [], False
         for text, full in zip(fulls, full_ids, strict=True):
             response = full[len(prompt_ids) :]
             if full[: len(prompt_ids)] != prompt_ids:
                 merged = True
-                text = text[len(prompt) :]
-                # SentencePiece puts a space before every text; the response's own would make two.
-                response = self._ids([text.removeprefix(" ") if self.adds_space else text])[0]
+                response = self._alone(row, text[len(prompt) :])
             out.append(response)
         return prompt_ids, out, merged
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # _split adds the special tokens, not the tokenizer: some append EOS, which would follow the prompt.
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+    def _alone(self, row: Row, text: str) -> list[int]:
+        ids = self._ids(row, [text])[0]
+        if text.startswith(" "):  # SentencePiece puts a space before every text; the response's own would make two
+            first = self._ids(row, [text.lstrip(" ")])[0][:1]
+            if first and str(self.tokenizer.convert_ids_to_tokens(first)[0]).startswith("\u2581"):
+                return self._ids(row, [text.removeprefix(" ")])[0]
+        return ids
 
-    def _specials_in_front(self) -> list[int]:
-        bare, full = self._ids(["a"])[0], list(self.tokenizer("a")["input_ids"])
+    def _ids(self, row: Row, texts: list[str], field: str | None = None, specials: bool = False) -> list[list[int]]:
+        # _split adds the special tokens, not the tokenizer: some append EOS, which would follow the prompt.
+        how = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
+        try:
+            return self.tokenizer(texts, add_special_tokens=specials, **how)["input_ids"]
+        except Exception as error:  # a tokenizer may raise anything, such as for a letter that it does not know
+            found = f"the tokenizer refuses it ({type(error).__name__}: {shortened(str(error), 200)})"
+            raise DataError(row.source, row.index, field, found, "Correct the text, or remove the row") from error
+
+    def _specials_in_front(self, row: Row, text: str, bare: list[int]) -> list[int]:
+        full = list(self._ids(row, [text], "prompt", specials=True)[0])
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start]
-        raise D2OError(f"the tokenizer makes {bare} of 'a' alone but {full} with its special tokens around it")
+        name = shortened(text)
+        raise D2OError(f"the tokenizer makes {bare} of {name!r} alone but {full} with its special tokens around it")
 
-    def _ended(self, response: list[int], chat: bool) -> list[int]:
+    def _ended(self, response: list[int], tail: list[int]) -> list[int]:
         """The response with the end of a sampled one: the end-of-turn token of a chat, or EOS."""
-        tail = self.turn_end if chat else []
         if tail and response[-len(tail) :] == tail:
             return response[: len(response) - len(tail) + 1]
         return response if response and response[-1] == self.eos else [*response, self.eos]
 
-    def _render(self, row: Row, responses: list[Any]) -> tuple[str, list[str]]:
-        if self.tokenizer.chat_template is None:
-            fix = "Use strings, or a tokenizer with a chat template (chat_template_path sets one)"
-            raise DataError(row.source, row.index, "prompt", "messages, but the tokenizer has no chat template", fix)
-        try:
-            prompt = self._template(row.prompt, add_generation_prompt=True)
-            fulls = [self._template([*row.prompt, *response]) for response in responses]
-        except Exception as error:  # a template may raise anything
-            found = f"the chat template refuses these messages ({shortened(str(error), 200)})"
-            raise DataError(row.source, row.index, "prompt", found, "Check the roles and their order") from error
-        for full in fulls:
-            if not full.startswith(prompt):
-                found = f"with a response the chat template renders another prompt ({_difference(prompt, full)})"
-                fix = "Set chat_template_path to a template that keeps the prompt as it is"
-                raise DataError(row.source, row.index, "prompt", found, fix)
-        return prompt, fulls
 
-    def _template(self, messages: Any, add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        assert isinstance(text, str)
-        return text
-
-
-def _joined(prompt: Any, responses: list[Any]) -> tuple[str, list[str]]:
-    return prompt, [prompt + response for response in responses]
-
-
-def _difference(prompt: str, full: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
-    return f"'{shortened(prompt[at:])}' became '{shortened(full[at:])}'"
+def _field(i: int) -> str:
+    return "rejected" if i == 0 else f"anchors[{i - 1}]"

@@ -45,6 +45,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dataset_split": {"dataset_name": "some/hub"},
     "eval_dataset_name": {"eval_fraction": 0.0},
     "refresh_strategy": {"refresh_every": 1},
+    "dataset_config": {"dataset_name": "some/data"},
     "server_model": {"server_url": "http://localhost:1/v1"},
     "server_api_key_env": {"server_url": "http://localhost:1/v1"},
     "server_concurrency": {"server_url": "http://localhost:1/v1"},

@@ -17,10 +17,6 @@ from paths import ROOT
 SCRIPTS = sorted((ROOT / "tests" / "faults").glob("*.py"))
 OPEN = {
     "01_left_padding_ignored",
-    "12_end_of_turn_probe",
-    "13_template_rewrites_the_response",
-    "14_parquet_fills_tool_calls_with_nulls",
-    "15_json_deeper_than_python",
 }
 
 
