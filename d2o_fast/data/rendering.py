@@ -96,8 +96,8 @@ class ChatTemplate:
         if not (prompt.startswith(bare) and full.startswith(bare)):
             return ""
         at = _first_difference(prompt, full)
-        content = next(_places(full, row.rejected[0]["content"], len(bare)), (at, at))[0]
-        opener = prompt[max(len(bare), min(at, content)) :]
+        content = self._place(row, "rejected", row.rejected[0], full, len(bare)) or (at, at)
+        opener = prompt[max(len(bare), min(at, content[0])) :]
         if "think" not in opener.lower() or opener == prompt[len(bare) :]:
             return ""
         self._note(row, "prompt", f"opens a new answer with {opener!r} but not the given ones: prompts end before it")
@@ -111,22 +111,34 @@ class ChatTemplate:
         bare = self._apply(row, "prompt", row.prompt)
         if not full.startswith(bare):
             bare = prompt
-        places = list(_places(full, content, len(bare)))
-        doubled = self._apply(row, field, [*row.prompt, {**message, "content": content + content}])
-        if not places or doubled == full:
+        place = self._place(row, field, message, full, len(bare))
+        if place is None:
             rest = shortened(shown(full[start:]))
             found = f"the chat template does not render it as given ({shortened(shown(content))} became {rest})"
             raise DataError(
                 row.source, row.index, field, found, f"{_OTHER_TEMPLATE}, or leave out the part that it cuts"
             )
-        # A short content may be in the header or in the end, too.
-        twice = (p for p in places if doubled == full[: p[0]] + content + content + full[p[1] :])
-        first, last = next(twice, places[0])
-        if full[start:first].strip():
+        first, last = place
+        if full[start:first].strip() and not _extras([message]):
             self._note(row, field, f"writes {full[start:first]!r} before responses, and the loss is on it too")
         if full[first:last] != content:
             self._note(row, field, "changes the white space of responses")
         return last
+
+    def _place(self, row: Row, field: str, message: dict[str, Any], full: str, start: int) -> tuple[int, int] | None:
+        """(first, after the last) of the content in ``full`` from ``start`` on, whatever its white space.
+
+        A short content may be in the header or in the end of a turn, too. The right place is where the text grows if
+        the last letter of the content is doubled.
+        """
+        content = message["content"]
+        end = len(content.rstrip())
+        grown = self._apply(row, field, [*row.prompt, {**message, "content": content[:end] + content[end - 1 :]}])
+        for first, last in _places(full, content, start):
+            end = first + len(full[first:last].rstrip())
+            if grown == full[:end] + full[end - 1 :]:
+                return first, last
+        return None
 
     def _check_fields(self, row: Row, field: str, message: dict[str, Any], full: str) -> None:
         for name in _extras([message]):
