@@ -18,6 +18,7 @@ Numbered = Iterator[tuple[int, Any]]  #: (row, record), counted from 1; in a .js
 
 _BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"BZh", b"\xfd7zXZ")  # gzip, zstd, zip, bzip2, xz
 _BATCH = 256  # rows of a Parquet file in memory at a time
 _BUFFER = 1 << 20  # bytes of the read buffer of each column
 _LONGEST = 1 << 26  # most characters of a row; no model reads as much
@@ -58,6 +59,8 @@ def read_json(path: str) -> Numbered:
             start = file.read(1 << 12)
             if start.startswith(_UTF16):
                 raise DataError(path, None, None, "UTF-16 text", "Save the file as UTF-8")
+            if start.startswith(_PACKED):
+                raise DataError(path, None, None, "a compressed file", "Unpack it first, or write Parquet")
             file.seek(0)
             if path.lower().endswith(".json") and start.removeprefix(_BOM).lstrip().startswith(b"["):
                 yield from _items(file.read().removeprefix(_BOM), path)

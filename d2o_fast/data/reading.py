@@ -97,6 +97,8 @@ def without_duplicates(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _matching(name: str) -> list[str]:
     path = os.path.expanduser(name)
+    if not name.strip():
+        raise DataError("dataset_name", None, None, f"the name {name!r}", "Give at least one file or name on the hub")
     if "\0" in name:
         raise DataError(name, None, None, "no file has a NUL in its name", "Check dataset_name")
     if not glob.has_magic(path) or os.path.exists(path):
@@ -130,9 +132,13 @@ def _read_source(name: str, split: str, configuration: str | None, rows: RowFile
         else:
             records = datasets.load_dataset(path if os.path.isdir(path) else name, configuration, split=split)
     except Exception as error:  # the hub or a broken file may raise anything
-        found = f"datasets cannot load split '{split}' ({type(error).__name__}: {shortened(str(error), 300)})"
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # datasets wraps what it saw
+            cause = cause.__cause__
+        text = shortened(str(cause), 300, one_line=True)
+        found = f"datasets cannot load split '{split}' ({type(cause).__name__}: {text})"
         fix = "Check dataset_name, dataset_split and the network"
-        if "onfig" in str(error):  # the message of datasets names the configurations that there are
+        if "onfig" in text:  # the message of datasets names the configurations that there are
             fix = "Set dataset_config to one of its configurations"
         raise DataError(name, None, None, found, fix) from error
     return _source(_numbered(records, name), name, rows)
