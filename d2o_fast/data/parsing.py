@@ -24,6 +24,8 @@ _BUFFER = 1 << 20  # bytes of the read buffer of each column
 _LONGEST = 1 << 26  # most characters of a row; no model reads as much
 _EXPANDED = 1 << 28  # a file may become this large, or else grow by ...
 _EXPANSION = 1000  # ... at most this factor; text is packed by 3 to 30
+_VALUES = 1 << 22  # most values of _BATCH rows, those in lists and objects included
+_HOW_PACKED = "Check how the file was made; no text is packed that tightly"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -163,13 +165,18 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
             if twice:
                 raise DataError(path, None, twice[0], "two columns of this name", "Rename one of them")
             columns = [name for name in names if name in wanted]
-            texts = _refuse_expansion(file.metadata, columns, path)
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            _refuse_expansion(file, os.path.getsize(path), path)
         others = dict.fromkeys(name for name in names if name not in wanted)
         limit = max(_EXPANDED, _EXPANSION * os.path.getsize(path))
         # Texts stay in dictionaries: a batch is as small as in the file, and only one record is made at a time.
         with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, read_dictionary=texts) as file:
             for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
                 row = max(row, 0)
+                values = sum(map(_values, batch.columns))
+                if values > _VALUES:
+                    raise DataError(path, row + 1, None, f"{values} values in {batch.num_rows} rows", _HOW_PACKED)
                 for i in range(batch.num_rows):
                     record = {name: batch.column(name)[i].as_py() for name in columns}
                     row += 1
@@ -179,7 +186,7 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
                         raise DataError(path, row, None, f"a row of {length >> 20} MiB", "Shorten its texts")
                     if size > limit:
                         found = f"the rows so far are {_EXPANSION} times as large as the file"
-                        raise DataError(path, row, None, found, "Check how it was made; no text is packed that tightly")
+                        raise DataError(path, row, None, found, _HOW_PACKED)
                     yield row, {**others, **record} if row == 1 else record
     except DataError:
         raise
@@ -188,26 +195,23 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
         raise DataError(path, row + 1 if row >= 0 else None, None, found, "Write the file again") from error
 
 
-def _refuse_expansion(metadata: Any, columns: list[str], path: str) -> list[str]:
-    """The paths of all text inside ``columns``.
+def _refuse_expansion(file: Any, size: int, path: str) -> None:
+    """Raises a DataError if by its own account the file expands to many times its size.
 
-    Raises:
-        DataError: by its own account the file expands to many times its size.
+    The columns of the metadata are not asked: pyarrow aborts the process if they are damaged.
     """
-    texts = set[str]()
-    for group in range(metadata.num_row_groups):
-        packed = unpacked = 0
-        for i in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(i)
-            if chunk.path_in_schema.split(".")[0] in columns:
-                packed += chunk.total_compressed_size
-                unpacked += max(chunk.total_uncompressed_size, 4 * chunk.num_values)
-                if chunk.physical_type == "BYTE_ARRAY":
-                    texts.add(chunk.path_in_schema)
-        if unpacked > max(_EXPANDED, _EXPANSION * packed):
-            found = f"{packed} bytes that expand to {unpacked}"
-            raise DataError(path, None, None, found, "Check how it was made; no text is packed that tightly")
-    return sorted(texts)
+    groups = range(file.metadata.num_row_groups)
+    unpacked = max((file.metadata.row_group(group).total_byte_size for group in groups), default=0)
+    if unpacked > max(_EXPANDED, _EXPANSION * size):
+        raise DataError(path, None, None, f"{size} bytes that expand to {unpacked}", _HOW_PACKED)
+
+
+def _values(array: Any) -> int:
+    """The number of values of an Arrow array, with those inside."""
+    inside = [array.values] if hasattr(array, "values") else []  # of a list or a map
+    if hasattr(array, "field"):  # an object
+        inside = [array.field(i) for i in range(array.type.num_fields)]
+    return len(array) + sum(map(_values, inside))
 
 
 def _length(value: Any) -> int:
