@@ -19,7 +19,8 @@ Numbered = Iterator[tuple[int, Any]]  #: (row, record), counted from 1; in a .js
 _BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"BZh", b"\xfd7zXZ")  # gzip, zstd, zip, bzip2, xz
-_BATCH = 256  # rows of a Parquet file in memory at a time
+_BATCH = 16  # rows of a Parquet file in memory at a time, or one if the file is packed ...
+_TIGHT = 20  # ... by more than this factor
 _BUFFER = 1 << 20  # bytes of the read buffer of each column
 _LONGEST = 1 << 26  # most characters of a row; no model reads as much
 _EXPANDED = 1 << 28  # a file may become this large, or else grow by ...
@@ -159,35 +160,35 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
 
     row, size = -1, 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1} & wanted)
             if twice:
                 raise DataError(path, None, twice[0], "two columns of this name", "Rename one of them")
             columns = [name for name in names if name in wanted]
-            leaves = [file.schema.column(i) for i in range(len(file.schema))]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-            _refuse_expansion(file, os.path.getsize(path), path)
-        others = dict.fromkeys(name for name in names if name not in wanted)
-        limit = max(_EXPANDED, _EXPANSION * os.path.getsize(path))
-        # Texts stay in dictionaries: a batch is as small as in the file, and only one record is made at a time.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, read_dictionary=texts) as file:
-            for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
-                row = max(row, 0)
-                values = sum(map(_values, batch.columns))
-                if values > _VALUES:
-                    raise DataError(path, row + 1, None, f"{values} values in {batch.num_rows} rows", _HOW_PACKED)
-                for i in range(batch.num_rows):
-                    record = {name: batch.column(name)[i].as_py() for name in columns}
-                    row += 1
-                    length = _length(record)
-                    size += length
-                    if length > _LONGEST:
-                        raise DataError(path, row, None, f"a row of {length >> 20} MiB", "Shorten its texts")
-                    if size > limit:
-                        found = f"the rows so far are {_EXPANSION} times as large as the file"
-                        raise DataError(path, row, None, found, _HOW_PACKED)
-                    yield row, {**others, **record} if row == 1 else record
+            others = dict.fromkeys(name for name in names if name not in wanted)
+            packed = os.path.getsize(path)
+            limit = max(_EXPANDED, _EXPANSION * packed)
+            for group in range(file.num_row_groups):
+                unpacked = file.metadata.row_group(group).total_byte_size  # a text that rows repeat is counted once
+                if unpacked > limit:
+                    raise DataError(path, None, None, f"{packed} bytes that expand to {unpacked}", _HOW_PACKED)
+                batch_size = 1 if unpacked > _TIGHT * packed else _BATCH
+                for batch in file.iter_batches(batch_size, row_groups=[group], columns=columns):
+                    row = max(row, 0)
+                    if sum(map(_values, batch.columns)) > _VALUES:
+                        found = f"more than {_VALUES} values in {batch.num_rows} rows"
+                        raise DataError(path, row + 1, None, found, _HOW_PACKED)
+                    for record in _records(batch):
+                        row += 1
+                        length = _length(record)
+                        size += length
+                        if length > _LONGEST:
+                            raise DataError(path, row, None, f"a row of {length >> 20} MiB", "Shorten its texts")
+                        if size > limit:
+                            found = f"the rows so far are {_EXPANSION} times as large as the file"
+                            raise DataError(path, row, None, found, _HOW_PACKED)
+                        yield row, {**others, **record} if row == 1 else record
     except DataError:
         raise
     except Exception as error:  # a damaged file may raise anything
@@ -195,15 +196,12 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
         raise DataError(path, row + 1 if row >= 0 else None, None, found, "Write the file again") from error
 
 
-def _refuse_expansion(file: Any, size: int, path: str) -> None:
-    """Raises a DataError if by its own account the file expands to many times its size.
-
-    The columns of the metadata are not asked: pyarrow aborts the process if they are damaged.
-    """
-    groups = range(file.metadata.num_row_groups)
-    unpacked = max((file.metadata.row_group(group).total_byte_size for group in groups), default=0)
-    if unpacked > max(_EXPANDED, _EXPANSION * size):
-        raise DataError(path, None, None, f"{size} bytes that expand to {unpacked}", _HOW_PACKED)
+def _records(batch: Any) -> Iterator[Any]:
+    try:
+        records = batch.to_pylist()
+    except Exception:  # one by one, so that the fault has its row
+        records = (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
+    yield from records
 
 
 def _values(array: Any) -> int:
