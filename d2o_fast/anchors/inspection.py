@@ -18,7 +18,7 @@ from d2o_fast.anchors.shards import read_manifest
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.data.dry_run import histogram
 from d2o_fast.data.on_disk import Digests
-from d2o_fast.errors import D2OError, shortened, visible
+from d2o_fast.errors import D2OError, printable, shortened
 from d2o_fast.files import atomic_file
 
 _COLUMNS = (
@@ -40,7 +40,7 @@ def anchors(action: str, folder: Path, out: Path | None = None) -> int:
     if (action == "export") != (out is not None):
         raise D2OError("usage: d2o anchors inspect FOLDER, or d2o anchors export FOLDER OUT.jsonl")
     if out is None:
-        print(visible("\n\n".join(inspect(store) for store in _stores(folder))))
+        print(printable("\n\n".join(inspect(store) for store in _stores(folder))))
     else:
         print(f"{export(folder, out)} lines with prompt, chosen (an anchor) and rejected in {out}")
     return 0

@@ -12,7 +12,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import Digests
 from d2o_fast.data.row import Row, prompt_key
 from d2o_fast.data.tokens import cut_prompt, encode_rows, is_too_long, response_room
-from d2o_fast.errors import visible
+from d2o_fast.errors import printable
 
 BAR = 40  #: characters of a histogram's longest bar
 SHOWN = 400  #: most characters of a prompt, and of a negative, in an example
@@ -71,7 +71,7 @@ def _example(row: Row, prompt_ids: list[int], negative_ids: list[int], tokenizer
         prompt = "..." + prompt[-SHOWN:]
     if len(negative) > SHOWN:
         negative = negative[:SHOWN] + "..."
-    text = visible(f"{prompt}⟦{negative}⟧").replace("\n", "\n    ")
+    text = printable(f"{prompt}⟦{negative}⟧").replace("\n", "\n    ")
     return [f"  {row.source}, row {row.index}:", f"    {text}"]
 
 

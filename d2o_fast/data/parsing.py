@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from d2o_fast.errors import DataError, shortened, visible
+from d2o_fast.errors import DataError, printable, shortened
 
 Numbered = Iterator[tuple[int, Any]]  #: (row, record), counted from 1; in a .jsonl file the row is the line
 
@@ -148,7 +148,9 @@ def _fault(error: Exception, path: str, row: int | None, fix: str) -> DataError:
         return DataError(path, row, None, f"not valid JSON ({error.msg}, {place})", fix)
     if isinstance(error, RecursionError):
         return DataError(path, row, None, "JSON that is nested too deep", "Leave the nested column out")
-    return DataError(path, row, None, f"JSON that cannot be read ({visible(str(error), one_line=True)})", "Correct it")
+    return DataError(
+        path, row, None, f"JSON that cannot be read ({printable(str(error), one_line=True)})", "Correct it"
+    )
 
 
 # --- Parquet -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from d2o_fast.data.formats import USED, Format, format_of, kind
 from d2o_fast.data.on_disk import Digests, LazySequence, RowFile, subset
 from d2o_fast.data.parsing import Numbered, read_json, read_parquet, regular_file
 from d2o_fast.data.row import Row, prompt_key, row_key
-from d2o_fast.errors import D2OError, DataError, refusal, shortened, visible
+from d2o_fast.errors import D2OError, DataError, printable, refusal, shortened
 
 logger = logging.getLogger("d2o_fast")
 
@@ -183,7 +183,7 @@ def _numbered(records: Any, source: str) -> Numbered:
 
 def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | RowFile) -> Source:
     """Appends the negatives of ``records`` to ``rows``."""
-    count, first, unused, source = 0, len(rows), list[str](), visible(source, one_line=True)
+    count, first, unused, source = 0, len(rows), list[str](), printable(source, one_line=True)
     format_: Format | None = None
     for index, record in records:
         count += 1
@@ -207,7 +207,7 @@ def _source(records: Iterable[tuple[int, Any]], source: str, rows: list[Row] | R
     columns = format_.__doc__ or ""
     logger.info("%s: %d rows, %d negatives (%s)", source, count, len(rows) - first, columns)
     if unused:
-        names = visible(shortened(", ".join(unused), 300), one_line=True)
+        names = printable(shortened(", ".join(unused), 300), one_line=True)
         content = ", ".join(name for name in unused if name in _CONTENT)
         if content:
             logger.warning("%s: the model never sees these columns, they are not used: %s", source, content)

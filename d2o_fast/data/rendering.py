@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from d2o_fast.data.row import Messages, Row
-from d2o_fast.errors import DataError, shortened, shown, visible
+from d2o_fast.errors import DataError, printable, shortened, shown
 
 logger = logging.getLogger("d2o_fast")
 
@@ -79,7 +79,7 @@ class ChatTemplate:
     def warn(self) -> None:
         """Says once what ``render`` counted."""
         for note, (count, first) in self._notes.items():
-            _warn_once(visible(f"the chat template {note} ({count} times; the first is {first})", one_line=True))
+            _warn_once(printable(f"the chat template {note} ({count} times; the first is {first})", one_line=True))
 
     def _note(self, row: Row, field: str, note: str) -> None:
         first = f"{row.source}, row {row.index}, field '{field}'"

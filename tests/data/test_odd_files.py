@@ -19,7 +19,7 @@ import pytest
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.dry_run import describe
 from d2o_fast.data.reading import read_datasets, read_rows, rows_from
-from d2o_fast.errors import D2OError, DataError, refusal, visible
+from d2o_fast.errors import D2OError, DataError, printable, refusal
 from helpers import DEADLINE
 from tiny import tiny_tokenizer
 
@@ -37,7 +37,7 @@ def written(path: Path, data: bytes) -> str:
 def refused(name: Any, message: str, **how: Any) -> DataError:
     with pytest.raises(DataError, match=message) as caught:
         read_rows(str(name), **how)
-    assert str(caught.value).startswith(visible(str(name), one_line=True))
+    assert str(caught.value).startswith(printable(str(name), one_line=True))
     return caught.value
 
 
@@ -384,10 +384,10 @@ def test_a_well_packed_file_is_read(tmp_path: Path) -> None:
 
 def test_control_characters_are_shown_as_escapes() -> None:
     text = "a\x1b[31m\x07\x9b\x7f\r\u202e\u2066\u200f\ufeff\U000e0041\ud800\u2028"
-    assert visible(text) == text.encode("unicode_escape").decode()
+    assert printable(text) == text.encode("unicode_escape").decode()
     kept = "\n\té中\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \xa0\\x1b"
-    assert visible(kept) == visible(visible(kept)) == kept
-    assert visible("a\n\tb", one_line=True) == "a\\n\\tb"
+    assert printable(kept) == printable(printable(kept)) == kept
+    assert printable("a\n\tb", one_line=True) == "a\\n\\tb"
     assert str(D2OError("x\x1b]0;")) == "x\\x1b]0;"
     assert "\x1b" not in str(DataError("s\x1b", 1, "f\x1b", "\x1b", "\x1b"))
     assert str(refusal("seed", 10**5000, "small")) == "seed is <int>; it must be small"
