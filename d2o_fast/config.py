@@ -227,6 +227,9 @@ class D2OConfig:
     tokens_per_micro_batch: int | None = setting(
         None, "most tokens per micro-batch, in place of per_device_train_batch_size prompts", min=1, rounds=True
     )
+    disable_dropout: bool = setting(
+        True, "train without the model's own dropout, which its references do not have either", fixed=True
+    )
     gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory", rounds=True)
     on_bad_step: Literal["stop", "skip"] = setting(
         "stop", "a step whose loss or gradient is not finite; skip: it changes nothing"

@@ -126,9 +126,9 @@ def _complete(
         progress(done, len(rows))
     maker = None
     for i in store.missing:
-        maker = maker or _ShardMaker(references, store.fingerprint["stop_token_ids"])
         part = rows[i * size : (i + 1) * size]
         examples = list(tokenized(part, references.tokenizer, config, log=False))
+        maker = maker or _ShardMaker(references, store.fingerprint["stop_token_ids"], examples[0])
         store.digests[i] = write_shard(Path(store.folder), i, maker.make(i, part, examples))
         done += len(part)
         if progress is not None:
@@ -138,10 +138,10 @@ def _complete(
 class _ShardMaker:
     """Draws and scores the rows of one shard at a time."""
 
-    def __init__(self, references: References, stops: list[int]) -> None:
+    def __init__(self, references: References, stops: list[int], first: Example) -> None:
         self.references, self.tokenizer, self.config = references, references.tokenizer, references.config
         self.drawer = Drawer(references.model, self.tokenizer, self.config, stops)
-        references.prepare()
+        references.prepare(first)
 
     def make(self, shard: int, rows: Sequence[Row], examples: Sequence[Example]) -> pa.Table:
         with initial_policy(self.references.model):

@@ -25,6 +25,7 @@ from d2o_fast.model.adapters import adapter_base, initial_policy
 from d2o_fast.model.identity import Identity, identity_of
 from d2o_fast.model.loading import has_tokenizer, load_model, load_tokenizer, quiet_transformers
 from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_moving_positions, refuse_quantised, vocabulary_size
+from d2o_fast.model.probes import refuse_unfit
 
 SIDES = ("neg", "pos")
 _NAMES = ("weights", "model_config", "adapter")  # the fingerprint's names for the fields of an Identity
@@ -100,14 +101,14 @@ class References:
         scores = zip(pos.score(negatives, examples), neg.score(anchors, examples), strict=True)
         return [[*of_negative, *of_anchors] for of_negative, of_anchors in scores]
 
-    def prepare(self) -> None:
-        """Makes both sides ready to score.
+    def prepare(self, example: Example) -> None:
+        """Makes both sides ready to score, and tries them on the prompt and the negative of ``example``.
 
         Raises:
             D2OError: a model cannot score.
         """
-        for side in SIDES:
-            self._scorer(side)
+        for scorer in dict.fromkeys(map(self._scorer, SIDES)):
+            scorer.probe(example)
 
     @cached_property
     def _initial(self) -> Identity:
@@ -192,6 +193,14 @@ class _Reference:
         except D2OError as error:
             raise D2OError(f"{what} cannot score: {error}") from error
         self.shared: bool | None = None  # unknown until there are responses to try it on
+
+    def probe(self, example: Example) -> None:
+        self._refuse_unknown_ids([example])
+        try:
+            with initial_policy(self.model):
+                refuse_unfit(self.model, self.decoder, [*example.prompt_ids, *example.rejected_ids], self.pad)
+        except D2OError as error:
+            raise D2OError(f"{self.what} cannot score: {error}") from error
 
     def score(self, part: Sequence[Example], examples: Sequence[Example]) -> list[list[float]]:
         """Scores of the responses in ``part``; whole ``examples`` show whether prompts can be shared."""

@@ -23,6 +23,7 @@ from d2o_fast.forward.hook import Call, SharingRefused, install
 from d2o_fast.forward.shared_sequence import SharedSequence
 from d2o_fast.loss.ops import linear_logprob
 from d2o_fast.model.parts import autocast, base_of, evaluating, head_of
+from d2o_fast.model.probes import refuse_unfit
 
 logger = logging.getLogger("d2o_fast")
 
@@ -47,12 +48,15 @@ def choose_sharing(
     """Decides whether each prompt is read once for all its responses. Logs the result, the same text only once.
 
     Args:
-        examples: the first one is used for the comparison.
+        examples: the first one is used for the comparison, and for the probes of ``model/probes.py``.
         training: whether the model runs in training mode, where responses would share their dropout.
 
     Raises:
-        D2OError: sharing is not exact, but ``config.shared_prefix`` is true.
+        D2OError: sharing is not exact, but ``config.shared_prefix`` is true; the model fails a probe.
     """
+    for example in examples[:1]:
+        row = [*example.prompt_ids, *example.rejected_ids]
+        refuse_unfit(model, decoder, row, pad, quiet=training and config.disable_dropout)
     base = base_of(model)
     plain = f"one row per response ({base.config._attn_implementation})"
     if config.shared_prefix is False:
@@ -177,6 +181,10 @@ def _compare(
 
     separate, shared = pack(examples, pad).to(device), pack_shared(examples, watch=True).to(device)
     exact = logps(separate)
+    if not exact.isfinite().all():
+        raise D2OError(
+            f"{type(base_of(model)).__name__}: log-probabilities of the first prompt's tokens are not finite"
+        )
     tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     error, limit = rms(logps(shared)), 2e-2 if tf32 else 1e-3
     if config.dtype == "bfloat16" and error <= limit:

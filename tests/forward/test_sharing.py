@@ -241,10 +241,12 @@ def test_dropout_is_refused_in_training_alone(kind: str) -> None:
         model = build("llama", attention_dropout=0.2)
     else:
         model = build("phi3", resid_pdrop=0.2)
-    found = choose(model)
+    found = choose(model, disable_dropout=False)
     assert not found.on
     assert "dropout of 0.2" in found.text
     assert choose(model, training=False).on
+    with pytest.raises(D2OError, match="in training mode than in evaluation mode"):  # nobody has switched it off
+        choose(model)
     assert not model.training
     install(model)
     if kind == "attention":  # switched on later, it stops the run
@@ -308,7 +310,7 @@ def test_the_generators_and_the_mode_are_left_alone(kind: str, extra: dict[str, 
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)
-    assert choose(model).on == (kind == "llama")
+    assert choose(model, disable_dropout=False).on == (kind == "llama")
     assert [module for module in model.modules() if not module.training] == [frozen]
     assert torch.equal(torch.rand(2), expected)
 
