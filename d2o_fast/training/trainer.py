@@ -33,6 +33,7 @@ from d2o_fast.files import locked, replace_files
 from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
+from d2o_fast.model.dropout import apply_dropout_setting
 from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, with_template
 from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
 from d2o_fast.training import checkpoint as ckpt
@@ -100,6 +101,7 @@ class D2OTrainer:
         self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
         self.tokenizer = with_template(processing_class, self.args) if processing_class else load_tokenizer(self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
+        apply_dropout_setting(self.model, self.args)
         refuse_moving_positions(self.model, self.args)
         self.device = self.model.device
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)

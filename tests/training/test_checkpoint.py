@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 2,
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
+    "disable_dropout": False,
 }
 
 
