@@ -5,6 +5,9 @@ default of transformers: ``generate`` keeps only the 50 likeliest tokens, and ta
 from the model's ``generation_config`` (top_k, penalties, suppressed or forced tokens, length limits). This module
 unsets every field first and then gives the few that matter explicitly.
 
+``generate`` also relies on the model: on its heed of the mask over padding, its positions, its cache. ``_way_of`` draws
+a few tokens and compares their probabilities with those of a plain forward, before the first draw of a model.
+
 K: responses of one prompt.
 """
 
@@ -12,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -21,6 +26,29 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from d2o_fast.errors import D2OError
 from d2o_fast.model.parts import evaluating
+from d2o_fast.model.probes import TRIES, distance, exact, refuse_non_finite, rounding
+
+logger = logging.getLogger("d2o_fast")
+
+PROBE_PROMPT, PROBE_DRAWN = 16, 3  #: tokens of a probe's longest prompt, and most tokens drawn after it
+
+
+class Way(NamedTuple):
+    """One way to draw."""
+
+    text: str
+    together: bool  #: prompts of any length in one batch, padded on the left; else those of one length
+    use_cache: bool
+
+
+WAYS = (
+    Way("prompts of any length together", True, True),
+    Way("the prompts of one length at a time, unpadded", False, True),
+    Way("prompts of any length together, without a cache (slow)", True, False),
+    Way("the prompts of one length at a time, unpadded and without a cache (slow)", False, False),
+)
+_ways: weakref.WeakKeyDictionary[Any, dict[str, Way]] = weakref.WeakKeyDictionary()  # by model, then by its attention
+_said: set[str] = set()
 
 
 def sample_responses(
@@ -47,7 +75,8 @@ def sample_responses(
             state.
 
     Raises:
-        D2OError: too few responses, or one that neither an EOS token nor its length ended.
+        D2OError: the weights are not finite; the model's ``generate`` draws from other probabilities than its forward
+            gives; too few responses, or one that neither an EOS token nor its length ended.
         ValueError: an empty prompt, a number below 1.
     """
     if num < 1 or max_new_tokens < 1:
@@ -75,8 +104,11 @@ def sample_responses(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    with evaluating(model), _no_generation_config(model), _seeded(seed, model.device), torch.no_grad():
-        responses = _generate(model, [list(prompt) for prompt in prompts], num, settings)
+    refuse_non_finite(model)
+    with _no_generation_config(model):
+        way = _way_of(model, prompts, settings)
+        with evaluating(model), _seeded(seed, model.device), torch.no_grad():
+            responses = _draw(model, prompts, num, settings, way)
     for prompt_responses in responses:
         for i, response in enumerate(prompt_responses):
             prompt_responses[i] = _until_eos(response, set(eos_token_ids), max_new_tokens)
@@ -104,27 +136,109 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _generate(model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig) -> list[list[list[int]]]:
+def _way_of(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> Way:
+    """The first of ``WAYS`` that draws from the probabilities of the model's forward. Warns of any but the first.
+
+    Raises:
+        D2OError: none has.
+    """
+    known, attention = _ways.setdefault(model, {}), str(model.config._attn_implementation)
+    reasons: list[str] = []
+    for way in () if attention in known else WAYS:
+        for start in range(TRIES):
+            reason = _fault(model, max(prompts, key=len)[start:] or prompts[0], settings, way, seed=start)
+            if reason is None:
+                known[attention] = way
+                break
+            reasons.append(reason)
+        if attention in known:
+            break
+    name = type(model).__name__
+    if attention not in known:
+        raise D2OError(f"responses cannot be drawn from {name} in this process: {reasons[0]}. Draw them on a server")
+    if reasons:
+        text = f"{name} draws {known[attention].text}: {reasons[0]}"
+        if text not in _said:
+            _said.add(text)
+            logger.warning("%s", text)
+    return known[attention]
+
+
+def _fault(model: Any, prompt: Sequence[int], settings: GenerationConfig, way: Way, seed: int) -> str | None:
+    """Draws a few tokens after ``prompt`` and after its first half; a reason if their probabilities are not right."""
+    prompt = list(prompt[:PROBE_PROMPT]) * (1 if len(prompt) > 1 else 2)
+    settings = copy.deepcopy(settings)
+    settings.update(
+        temperature=1.0,
+        top_p=1.0,
+        eos_token_id=None,
+        num_return_sequences=2,
+        max_new_tokens=min(PROBE_DRAWN, settings.max_new_tokens),
+        return_dict_in_generate=True,
+        output_scores=True,
+        use_cache=way.use_cache,
+    )
+    both = [prompt, prompt[: len(prompt) // 2]]
+    with exact(model), _seeded(seed, model.device):
+        for batch in [both] if way.together else [[one] for one in both]:
+            try:
+                output = _generate(model, batch, 2, settings)
+            except Exception as error:  # a model may raise anything on a batch or a cache that it does not know
+                return f"its generate failed ({type(error).__name__}: {error})"
+            scores = torch.stack(output.scores, 1)  # (2 * prompts, tokens drawn, vocabulary)
+            drawn = output.sequences[:, -scores.shape[1] :]
+            for i, ids in enumerate(batch):
+                pair = slice(2 * i, 2 * i + 2)
+                rows = torch.cat([torch.tensor([ids] * 2, device=drawn.device), drawn[pair, :-1]], 1)
+                wanted = model(input_ids=rows, use_cache=False).logits[:, len(ids) - 1 :].double().log_softmax(-1)
+                found = scores[pair].double().log_softmax(-1)
+                masked = wanted < -1e3  # ids that the model never gives
+                apart = distance(found.masked_fill(masked, 0), wanted.masked_fill(masked, 0))
+                if not apart <= rounding(model, scores):
+                    return (
+                        f"its generate draws from other probabilities than its forward gives (log-probabilities differ "
+                        f"by {apart:.1e} of their size); it may not heed the mask over padding, or keep a wrong cache"
+                    )
+    return None
+
+
+def _draw(
+    model: Any, prompts: Sequence[Sequence[int]], num: int, settings: GenerationConfig, way: Way
+) -> list[list[list[int]]]:
+    settings.use_cache = way.use_cache
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(0 if way.together else len(prompt), []).append(i)
+    responses: list[list[list[int]]] = [[] for _ in prompts]
+    for _, group in sorted(groups.items()):
+        output = _generate(model, [list(prompts[i]) for i in group], num, settings)
+        if output.shape[0] != len(group) * num:
+            raise D2OError(f"generate returned {output.shape[0]} responses instead of {len(group)} x {num}")
+        rows = output[:, max(len(prompts[i]) for i in group) :].tolist()
+        for j, i in enumerate(group):
+            responses[i] = rows[j * num : (j + 1) * num]
+    return responses
+
+
+def _generate(model: Any, prompts: list[list[int]], num: int, settings: GenerationConfig) -> Any:
+    """The result of ``generate`` for K = ``num`` responses of every prompt, with the prompts padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):  # padded on the left: the last position of every row predicts
+    for i, prompt in enumerate(prompts):  # the last position of every row predicts
         input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, width - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     options: dict[str, Any] = {}
     cache = _prompts_read_once(model, input_ids, attention_mask, settings)
+    settings = copy.deepcopy(settings)
+    settings.num_return_sequences = num
     if cache is not None:
         cache.batch_repeat_interleave(num)
         input_ids, attention_mask = (x.repeat_interleave(num, dim=0) for x in (input_ids, attention_mask))
-        settings = copy.deepcopy(settings)
         settings.num_return_sequences = 1
         options = {"past_key_values": cache}
-    output = model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **options)
-    if output.shape[0] != len(prompts) * num:
-        raise D2OError(f"generate returned {output.shape[0]} responses instead of {len(prompts)} x {num}")
-    rows = output[:, width:].tolist()
-    return [rows[i * num : (i + 1) * num] for i in range(len(prompts))]
+    return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **options)
 
 
 def _prompts_read_once(
@@ -133,10 +247,10 @@ def _prompts_read_once(
     """Keys and values of all prompt positions but the last. ``generate`` continues from them.
 
     Without them, generate repeats the prompts before it reads them. Returns None if each prompt gets one response, if a
-    prompt has only one position, and for models that keep more than keys and values (Mamba), because their states may
-    be wrong when repeated.
+    prompt has only one position, and unless the cache and its layers are of a class that is known to keep only keys and
+    values: a subclass (MiniMax) or another layer (Mamba) may keep states that are wrong when repeated.
     """
-    if settings.num_return_sequences == 1 or int(attention_mask.sum(1).min()) == 1:
+    if settings.num_return_sequences == 1 or not settings.use_cache or int(attention_mask.sum(1).min()) == 1:
         return None
     reading = GenerationConfig(
         do_sample=False,
@@ -148,7 +262,7 @@ def _prompts_read_once(
     output = model.generate(input_ids[:, :-1], attention_mask=attention_mask[:, :-1], generation_config=reading)
     cache = output.get("past_key_values")
     known = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not isinstance(cache, DynamicCache) or any(type(layer) not in known for layer in cache.layers):
+    if type(cache) is not DynamicCache or any(type(layer) not in known for layer in cache.layers):
         return None
     return cache
 

@@ -162,6 +162,7 @@ def test_prompts_are_read_once_and_the_draws_stay(config, monkeypatch):
     """Keys and values of the prompts are repeated, not the prompts; each response is what it would have been."""
     model = peaked_model() if not config else mistral(**config)
     prompts, read = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]], []
+    draw(model)  # the first draw probes the model
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: read.append(tuple(ids[0].shape)))
     drawn = [draw(model, prompts, seed=seed) for seed in range(8)]
     assert read[:3] == [(3, 6), (12, 1), (12, 1)]
@@ -186,6 +187,7 @@ def mistral(**config) -> torch.nn.Module:
 
 def test_fewer_responses_are_an_error(monkeypatch):
     model = peaked_model()
+    draw(model)
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:-1])
     with pytest.raises(D2OError, match="returned 11 responses instead of 3 x 4"):
@@ -194,6 +196,7 @@ def test_fewer_responses_are_an_error(monkeypatch):
 
 def test_a_response_cut_by_something_else_is_an_error(monkeypatch):
     model = peaked_model()
+    draw(model)
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[:, :-1])
     with pytest.raises(D2OError, match="stopped after 5 tokens without an EOS token"):
