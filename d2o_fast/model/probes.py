@@ -57,7 +57,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def rounding(model: nn.Module, found: Tensor) -> float:
     """The largest ``distance`` that rounding may cause."""
     half = found.dtype.itemsize < 4 or torch.is_autocast_enabled(found.device.type)
-    return 3e-2 if half or any(p.dtype.itemsize < 4 for p in model.parameters()) else 1e-4
+    return 3e-2 if half or any(p.dtype.itemsize < 4 for p in model.parameters()) else 1e-3
 
 
 def refuse_non_finite(model: nn.Module) -> None:

@@ -143,25 +143,29 @@ def _way_of(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationCo
         D2OError: none has.
     """
     known, attention = _ways.setdefault(model, {}), str(model.config._attn_implementation)
-    reasons: list[str] = []
-    for way in () if attention in known else WAYS:
+    if attention in known:
+        return known[attention]
+    longest, name, reasons = max(prompts, key=len), type(model).__name__, dict[str, None]()
+    for way in WAYS:
+        faults = []
         for start in range(TRIES):
-            reason = _fault(model, max(prompts, key=len)[start:] or prompts[0], settings, way, seed=start)
-            if reason is None:
-                known[attention] = way
+            fault = _fault(model, longest[start:] or longest, settings, way, seed=start)
+            if fault is None:
                 break
-            reasons.append(reason)
-        if attention in known:
-            break
-    name = type(model).__name__
-    if attention not in known:
-        raise D2OError(f"responses cannot be drawn from {name} in this process: {reasons[0]}. Draw them on a server")
-    if reasons:
-        text = f"{name} draws {known[attention].text}: {reasons[0]}"
-        if text not in _said:
+            faults.append(fault)
+        else:
+            reasons[faults[0]] = None
+            continue
+        known[attention] = way
+        text = f"{name} draws {way.text}. Otherwise {'; '.join(reasons)}"
+        if reasons and text not in _said:
             _said.add(text)
             logger.warning("%s", text)
-    return known[attention]
+        return way
+    raise D2OError(
+        f"responses cannot be drawn from {name} in this process: {'; '.join(reasons)}. Draw them on a server, or give "
+        "anchors in the data"
+    )
 
 
 def _fault(model: Any, prompt: Sequence[int], settings: GenerationConfig, way: Way, seed: int) -> str | None:
@@ -195,10 +199,8 @@ def _fault(model: Any, prompt: Sequence[int], settings: GenerationConfig, way: W
                 masked = wanted < -1e3  # ids that the model never gives
                 apart = distance(found.masked_fill(masked, 0), wanted.masked_fill(masked, 0))
                 if not apart <= rounding(model, scores):
-                    return (
-                        f"its generate draws from other probabilities than its forward gives (log-probabilities differ "
-                        f"by {apart:.1e} of their size); it may not heed the mask over padding, or keep a wrong cache"
-                    )
+                    how = f"{'' if way.together else 'un'}padded, with{'' if way.use_cache else 'out'} a cache"
+                    return f"the log-probabilities are not its forward's ({how}: apart by {apart:.1e} of their size)"
     return None
 
 
@@ -211,7 +213,12 @@ def _draw(
         groups.setdefault(0 if way.together else len(prompt), []).append(i)
     responses: list[list[list[int]]] = [[] for _ in prompts]
     for _, group in sorted(groups.items()):
-        output = _generate(model, [list(prompts[i]) for i in group], num, settings)
+        try:
+            output = _generate(model, [list(prompts[i]) for i in group], num, settings)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise D2OError(f"{type(model).__name__} gives probabilities that are NaN or infinite: {error}") from error
         if output.shape[0] != len(group) * num:
             raise D2OError(f"generate returned {output.shape[0]} responses instead of {len(group)} x {num}")
         rows = output[:, max(len(prompts[i]) for i in group) :].tolist()
@@ -247,8 +254,9 @@ def _prompts_read_once(
     """Keys and values of all prompt positions but the last. ``generate`` continues from them.
 
     Without them, generate repeats the prompts before it reads them. Returns None if each prompt gets one response, if a
-    prompt has only one position, and unless the cache and its layers are of a class that is known to keep only keys and
-    values: a subclass (MiniMax) or another layer (Mamba) may keep states that are wrong when repeated.
+    prompt has only one position, if the cache stays empty (OpenAI GPT), and unless the cache and its layers are of a
+    class that is known to keep only keys and values: a subclass (MiniMax) or another layer (Mamba) may keep states that
+    are wrong when repeated.
     """
     if settings.num_return_sequences == 1 or not settings.use_cache or int(attention_mask.sum(1).min()) == 1:
         return None
@@ -264,7 +272,7 @@ def _prompts_read_once(
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or any(type(layer) not in known for layer in cache.layers):
         return None
-    return cache
+    return cache if cache.get_seq_length() else None
 
 
 def _until_eos(response: list[int], eos_token_ids: set[int], max_new_tokens: int) -> list[int]:
