@@ -103,7 +103,7 @@ def refuse_unfit(model: nn.Module, decoder: nn.Module, ids: Sequence[int], pad: 
 def _fault(model: nn.Module, decoder: nn.Module, row: list[int], pad: int) -> str | None:
     """The fault that a row shows in evaluation mode, in words that follow the model's name."""
     half, size = max(1, len(row) // 2), vocabulary_size(model)
-    places = sorted({half, max(1, len(row) - 2), len(row) - 1})
+    places = sorted({1, half, max(1, len(row) - 2), len(row) - 1})  # 1: a prefix of any length that is read whole
     changed = [row[:at] + [_other(row, token, size) for token in row[at:]] for at in places]
     first, second, *others, filled = _hidden(model, decoder, row, row, *changed, row[:half] + [pad] * (len(row) - half))
     limit = rounding(model, first)
