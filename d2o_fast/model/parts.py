@@ -92,8 +92,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
         raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
     with evaluating(base), torch.no_grad():
         tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
-        logits = base(input_ids=tokens, use_cache=False).logits[0].float()
-        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        try:
+            logits = base(input_ids=tokens, use_cache=False).logits[0].float()
+            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        except Exception as error:  # a model may raise anything
+            raise D2OError(f"{type(base).__name__} fails on five tokens ({type(error).__name__}: {error})") from error
+        if hidden.shape[-1] != head.weight.shape[1]:
+            raise D2OError(f"{type(base).__name__} does more between its decoder and its head than is known here")
         targets = logits.argmax(-1)
         expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
