@@ -54,6 +54,8 @@ def install(model: nn.Module) -> None:
     """
     base = base_of(model)
     name = base.config._attn_implementation
+    if base.config.output_attentions:  # its configuration could not be saved with a name of ours
+        raise SharingRefused("its output_attentions is true, and a shared row has no such weights")
     if name == "eager":
         if EAGER not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(EAGER, _entry(_eager, "eager"))

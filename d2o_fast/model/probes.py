@@ -86,14 +86,17 @@ def refuse_unfit(model: nn.Module, decoder: nn.Module, ids: Sequence[int], pad: 
 
     Raises:
         D2OError: the model is not causal, draws at random, mixes the rows of a batch or keeps a state between calls;
-            its training mode differs; its weights or hidden states are not finite.
+            its training mode differs; its weights or hidden states are not finite; its forward fails.
     """
     refuse_non_finite(model)
     faults: list[str] = []
     for start in range(max(1, min(TRIES, len(ids) - 1))):
         row = list(ids[start : start + TOKENS])
-        with exact(model):
-            fault = _fault(model, decoder, row, pad) or (_fault_in_training(model, decoder, row) if quiet else None)
+        try:
+            with exact(model):
+                fault = _fault(model, decoder, row, pad) or (_fault_in_training(model, decoder, row) if quiet else None)
+        except Exception as error:  # a model may raise anything
+            raise D2OError(f"{_name(model)} fails on a few tokens ({type(error).__name__}: {error})") from error
         if fault is None:
             return
         faults.append(fault)

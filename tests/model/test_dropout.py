@@ -1,4 +1,4 @@
-"""``disable_dropout``: the policy in training has as much dropout as its references, none, wherever a model keeps it."""
+"""``disable_dropout``: the policy in training has no dropout, like its references, wherever a model keeps its own."""
 
 from __future__ import annotations
 
