@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 
 from d2o_fast.errors import D2OError, shortened
-from d2o_fast.files import FINAL, TEMPORARY, atomic_folder
+from d2o_fast.files import FINAL, TEMPORARY, atomic_folder, remove
 
 PREFIX = "checkpoint-"
 SUMS = "SHA256SUMS"
@@ -83,7 +83,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | bool | None) -> Path |
     output_dir = Path(output_dir)
     for pattern in (f"{TEMPORARY}{PREFIX}*", f"{TEMPORARY}try-*", FINAL):
         for leftover in output_dir.glob(pattern):
-            shutil.rmtree(leftover)
+            remove(leftover)
     existing = checkpoints(output_dir)
     if not resume or (resume == "auto" and not existing):
         _refuse_used(output_dir, existing)
@@ -226,7 +226,7 @@ def save_checkpoint(
         # Renamed first, so that a kill during the removal leaves no half checkpoint under a valid name.
         doomed = old.with_name(f"{TEMPORARY}{old.name}")
         os.rename(old, doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
     return path
 
 

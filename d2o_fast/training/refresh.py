@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from d2o_fast.anchors.store import AnchorStore, store_record
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from d2o_fast.files import atomic_folder
+from d2o_fast.files import atomic_folder, remove
 from d2o_fast.model.parts import pad_token_id
 from d2o_fast.training.order import PromptOrder
 
@@ -131,7 +130,7 @@ class Refresher:
         names = {f"step-{step}" for step in steps}
         for path in self.folder.glob("*step-*"):
             if path.name not in names:
-                shutil.rmtree(path)
+                remove(path)
 
     def _indices(self, step: int) -> list[int]:
         """Data indices of the window's prompts, without prompts whose anchors came with the data."""

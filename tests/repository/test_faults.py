@@ -1,7 +1,4 @@
-"""Known faults: each script of ``tests/faults`` says what is right, and exits with 0 once the package does it.
-
-A fault that is mended leaves ``OPEN``, and its script then has to pass for good.
-"""
+"""Faults that others reported elsewhere: each script of ``tests/faults`` says what is right, and exits with 0."""
 
 from __future__ import annotations
 
