@@ -176,11 +176,16 @@ def _setting(config: D2OConfig, side: str) -> tuple[str, str | None]:
 def _state_of(name: str) -> Any:
     """A key that differs after any change of a folder's files or of its adapter's base; a hub name is its own key."""
     folder = Path(name).expanduser()
+    base = adapter_base(str(folder)) if folder.is_dir() else None
+    return _files_of(name), None if base is None else _files_of(base)  # a base that is an adapter is not loaded
+
+
+def _files_of(name: str) -> Any:
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    base = adapter_base(str(folder))
-    return folder.resolve(), *files, base if base is None else _state_of(base)
+    files = [path for path in sorted(folder.iterdir()) if path.exists()]  # a symlink may name nothing
+    return folder.resolve(), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 class _Reference:

@@ -633,3 +633,31 @@ def test_an_adapter_inside_a_model_of_transformers_is_refused(models: Path, tmp_
     model = AutoModelForCausalLM.from_pretrained(models / "adapter")
     with pytest.raises(D2OError, match="LlamaForCausalLM holds an adapter but is no PeftModel"):
         D2OTrainer(model, config(tmp_path), tiny_rows(4), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reference_whose_weights_are_not_finite(models: Path, tmp_path: Path, value: float) -> None:
+    """Its scores are refused before they are kept."""
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    model.save_pretrained(tmp_path / "bad")
+    config = replace(CONFIG, ref_model_pos=str(tmp_path / "bad"))
+    with pytest.raises(D2OError) as found:
+        build(tmp_path / "store", ROWS, config=config)
+    assert "bad" in str(found.value) or "its log-probability under its reference is nan" in str(found.value)
+    assert not list((tmp_path / "store").glob("shard*"))
+
+
+def test_a_reference_folder_with_a_link_to_nothing(models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "pos", tmp_path / "pos"))
+    (folder / "notes").symlink_to("none")
+    build(tmp_path / "store", ROWS, config=replace(CONFIG, ref_model_pos=str(folder)))
+
+
+def test_a_reference_that_names_itself_as_its_base(models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "adapter", tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(folder)}))
+    with pytest.raises(D2OError, match=r"ref_model_neg .*is an adapter too; merge that one into its model first"):
+        build(tmp_path / "store", ROWS, config=replace(CONFIG, ref_model_neg=str(folder)))
