@@ -70,19 +70,22 @@ def read_key(variable: str | None) -> str | None:
     )
 
 
-def post(url: str, body: dict[str, Any], timeout: float, key: str | None, limit: int) -> Any:
+def post(
+    url: str, body: dict[str, Any], timeout: float, key: str | None, limit: int, under_way: set[socket.socket]
+) -> Any:
     """Sends ``body`` and returns the parsed JSON answer.
 
     Args:
         timeout: seconds from the connection to the last byte.
         key: sent as a bearer token.
         limit: most bytes of the answer.
+        under_way: holds the connection meanwhile, for ``cut``.
 
     Raises:
         Fault: there is no such answer.
     """
     try:
-        data = _exchange(url, json.dumps(body).encode(), timeout, key, limit)
+        data = _exchange(url, json.dumps(body).encode(), timeout, key, limit, under_way)
     except TimeoutError:
         raise Fault(f"no answer within {timeout:g} s") from None
     except ssl.SSLError as error:
@@ -95,7 +98,15 @@ def post(url: str, body: dict[str, Any], timeout: float, key: str | None, limit:
     return _parsed(data)
 
 
-def _exchange(url: str, body: bytes, timeout: float, key: str | None, limit: int) -> bytes:
+def cut(connection: socket.socket) -> None:
+    """Ends a connection at once, also from another thread."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _exchange(
+    url: str, body: bytes, timeout: float, key: str | None, limit: int, under_way: set[socket.socket]
+) -> bytes:
     parts, deadline = urlsplit(url), time.monotonic() + timeout
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
@@ -103,7 +114,7 @@ def _exchange(url: str, body: bytes, timeout: float, key: str | None, limit: int
         headers["Authorization"] = f"Bearer {key}"
     with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=timeout)) as connection:
         connection.connect()
-        with _ended(connection.sock, deadline):
+        with _ended(connection.sock, deadline, under_way):
             connection.request("POST", parts.path, body, headers)
             with connection.getresponse() as response:
                 if response.status != 200:
@@ -112,18 +123,18 @@ def _exchange(url: str, body: bytes, timeout: float, key: str | None, limit: int
 
 
 @contextlib.contextmanager
-def _ended(sock: socket.socket, deadline: float) -> Iterator[None]:
+def _ended(sock: socket.socket, deadline: float, under_way: set[socket.socket]) -> Iterator[None]:
     """Ends the connection at ``deadline``. The socket's own time-out starts again with every byte."""
     over = threading.Event()
 
     def end() -> None:
         over.set()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        cut(sock)
 
     timer = threading.Timer(deadline - time.monotonic(), end)
     timer.daemon = True
     timer.start()
+    under_way.add(sock)
     try:
         yield
     except (http.client.HTTPException, OSError, Fault):
@@ -131,6 +142,7 @@ def _ended(sock: socket.socket, deadline: float) -> Iterator[None]:
             raise
     finally:
         timer.cancel()
+        under_way.discard(sock)
     if over.is_set():
         raise TimeoutError
 

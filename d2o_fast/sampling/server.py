@@ -21,16 +21,17 @@ K: responses of one prompt.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError, shortened
-from d2o_fast.sampling.post import Fault, post, read_key
+from d2o_fast.sampling.post import Fault, cut, post, read_key
 from d2o_fast.sampling.protocol import (
     FORMS,
     Draw,
@@ -92,6 +93,7 @@ class ServerSampler:
         self._form: RequestForm | None = None  # the form of request that the server accepts, once it is known
         self._tells_ids = False
         self._stop = threading.Event()
+        self._under_way: set[socket.socket] = set()
 
     def sample(self, prompts: Sequence[ServerPrompt], num: int, sampling: Sampling) -> list[list[Draw]]:
         """K = ``num`` draws for every prompt, in the order of ``prompts``.
@@ -106,9 +108,13 @@ class ServerSampler:
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="d2o-server")
         try:
             futures = [pool.submit(self._draws, p, num, row, sampling, form) for row, p in enumerate(prompts)]
-            draws = [future.result() for future in futures]
-        finally:  # after a fault of one prompt the others stop waiting
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future.done() and future.exception()]
+            draws = [future.result() for future in failed or futures]
+        finally:  # after a fault of one prompt, or Ctrl-C, the others end
             self._stop.set()
+            for connection in tuple(self._under_way):
+                cut(connection)
             pool.shutdown(wait=True, cancel_futures=True)
         for prompt, of_prompt in zip(prompts, draws, strict=True):
             self._refuse_cut(prompt, of_prompt, sampling.max_new_tokens)
@@ -209,7 +215,8 @@ class ServerSampler:
             if result.advice:
                 raise D2OError(f"{found}. {result.advice}")
             found += f" (attempt {attempt + 1} of {ATTEMPTS})"
-            logger.warning(found)
+            if not self._stop.is_set():
+                logger.warning(found)
             delay = max(min(FIRST_DELAY * 2**attempt, LONGEST_DELAY), result.after)
             if attempt + 1 == ATTEMPTS or self._stop.wait(delay):
                 raise D2OError(
@@ -223,7 +230,7 @@ class ServerSampler:
         key = read_key(self.key_variable)
         limit = (4 << 20) + n * (body["max_tokens"] * 1024 + len(prompt.token_ids) * 32)  # bytes, ample
         try:
-            draws = parse(post(url, body, self.timeout, key, limit), prompt, n, self.vocabulary)
+            draws = parse(post(url, body, self.timeout, key, limit, self._under_way), prompt, n, self.vocabulary)
             if self._tells_ids and draws[0].token_ids is None:
                 raise Fault("an answer without the tokens, which this server told before")
             return draws

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
+import signal
+import socket
+import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,7 +20,7 @@ from d2o_fast.errors import D2OError
 from d2o_fast.sampling import server as server_module
 from d2o_fast.sampling.protocol import Sampling, ServerPrompt
 from d2o_fast.sampling.server import ServerSampler
-from raw_server import Answer, RawServer
+from raw_server import Answer, RawServer, http, right_answer
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 PROMPT = ServerPrompt("how to open?", tiny_tokenizer()("how to open?")["input_ids"], "here, row 1")
@@ -69,6 +76,35 @@ def test_time_is_bounded_however_bytes_are_spread(name: str) -> None:
     assert re.search(rf"{found} 0.15 s .attempt 2 of 2", text), text
     assert requests == 2
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_error_and_ctrl_c_wait_for_no_other_prompt(interrupted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The server has three prompts in its hands and answers none of them."""
+    held = threading.Barrier(4)
+
+    def answer(head: str, body: dict[str, Any], connection: socket.socket) -> None:
+        if body["max_tokens"] == 16:
+            connection.sendall(http(json.dumps(right_answer(body))))
+            return
+        held.wait(60)
+        if body["prompt"] != "the last":
+            connection.recv(1)  # until the client goes
+        elif interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            connection.recv(1)
+        else:
+            connection.sendall(http("5"))
+
+    prompts = [replace(PROMPT, content=f"{i}") for i in range(3)] + [replace(PROMPT, content="the last", place="row 4")]
+    with RawServer(answer) as server, caplog.at_level(logging.WARNING, logger="d2o_fast"):
+        one = ServerSampler(server.url, "m", 4, 3600.0)
+        one.sample([PROMPT], 0, HOW)
+        expected, text = (KeyboardInterrupt, None) if interrupted else (D2OError, "row 4: .* is 5; it must be")
+        with pytest.raises(expected, match=text):
+            one.sample(prompts, 1, HOW)
+        assert one._under_way == set()
+    assert caplog.records == [], "they say nothing of their own end"
 
 
 def test_there_are_enough_of_them() -> None:
