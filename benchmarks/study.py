@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.report import about_this_run, commit, heading, options, place, save, table
 from d2o_fast.anchors.store import AnchorStore
 from d2o_fast.cli import main as d2o
-from d2o_fast.config import D2OConfig
+from d2o_fast.config import DEFAULTS, D2OConfig
 from d2o_fast.data.reading import read_rows
 from d2o_fast.demo import world
 from d2o_fast.demo.model import build_tokenizer, pretrain
@@ -54,6 +54,8 @@ matplotlib.use("Agg")  # no window
 LOOK = 10  #: steps between two evaluations on the test prompts
 SEEDS = {"methods": [1, 2, 3], "settings": [1, 2, 3, 4, 5]}
 PAPER = {"anchor_weight": 0.0, "refresh_every": 0}  #: the paper's loss, anchors drawn once
+#: settings that a run without held-out data does not take
+HELD_OUT = ("eval_dataset_name", "per_device_eval_batch_size", "judge_num_generations")
 #: An epoch has about 20 steps. The demo refreshes every 60 steps and has an anchor_weight of 0.05.
 GRID: dict[str, tuple[float, ...]] = {
     "refresh_every": (0, 60, 20, 1),
@@ -148,6 +150,8 @@ def config_of(folder: Path, sizes: Sizes, settings: dict[str, Any], watch: bool)
     demo |= {"judge_num_generations": sizes.generations, "eval_steps": LOOK if watch else 0, **settings}
     if not watch:
         del demo["judge"]
+    if not demo["refresh_every"]:
+        del demo["refresh_strategy"]
     return D2OConfig(**demo)
 
 
@@ -179,9 +183,10 @@ def train(
         curve = train_baseline(job.method, model, tokenizer, feedback, rows, config)
         return judged(model, tokenizer, rows, config), curve
     with tempfile.TemporaryDirectory(dir=folder) as output_dir:
-        config = dataclasses.replace(config, output_dir=output_dir)
+        unused: dict[str, Any] = {} if watch else {name: DEFAULTS[name] for name in HELD_OUT}
+        args = dataclasses.replace(config, output_dir=output_dir, **unused)
         anchors = AnchorStore.open(folder / "d2o" / "anchors" / "train")
-        trainer = D2OTrainer(config.model_name_or_path, config, anchors, rows if watch else None, tokenizer)
+        trainer = D2OTrainer(config.model_name_or_path, args, anchors, rows if watch else None, tokenizer)
         trainer.train()
         curve = d2o_curve(read_log(Path(output_dir) / "metrics.jsonl")) if watch else []
         return judged(trainer.model, tokenizer, rows, config), curve

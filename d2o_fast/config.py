@@ -356,7 +356,7 @@ class D2OConfig:
 
 FIELDS = {found.name: found for found in dataclasses.fields(D2OConfig)}
 KINDS = get_type_hints(D2OConfig)
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     name: found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
     for name, found in FIELDS.items()
 }
