@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from d2o_fast.checks import (
@@ -426,24 +427,29 @@ def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{near[0]}'?" if near else ""
 
 
-def refuse_idle(config: D2OConfig, held_out: bool, peft_config: bool = False, stores: bool = False) -> None:
+def refuse_idle(
+    config: D2OConfig, held_out: bool, peft_config: bool = False, stores: Sequence[str] | None = None
+) -> None:
     """Refuses settings that would decide nothing beside the other arguments of a trainer.
 
     Args:
         held_out: whether there are held-out data.
         peft_config: whether the adapter's configuration is given as an object.
-        stores: whether all data are stores of anchors.
+        stores: the folders of the data's stores of anchors; None if some data are no store.
 
     Raises:
         D2OError: a setting is given and decides nothing.
     """
     no_data = "where there are no held-out data: set eval_dataset_name or eval_fraction, or give eval_dataset"
+    anchors = Path(config.anchors_dir or "").resolve()
+    of_stores = [Path(folder).resolve() for folder in stores or ()]
+    elsewhere = stores is not None and not any(folder.is_relative_to(anchors) for folder in of_stores)
     situations: list[tuple[bool, str, tuple[str, ...]]] = [
         (not held_out, "or its rows given as eval_dataset", ("eval_fraction", "eval_dataset_name")),
         (not held_out, no_data, ("eval_steps", "judge", "per_device_eval_batch_size")),
         (config.judge is None, "where judge is not set", ("judge_num_generations", "judge_max_prompts")),
         (peft_config, "where peft_config is given", tuple(name for name in FIELDS if name.startswith("lora_"))),
-        (stores, "where all data are stores of anchors", ("anchors_dir",)),
+        (elsewhere, "where all data are stores of anchors from elsewhere", ("anchors_dir",)),
     ]
     for holds, where, names in situations:
         for name in names:

@@ -95,8 +95,11 @@ class D2OTrainer:
     ) -> None:
         refuse_many_processes()
         _refuse_wrong_objects(args, processing_class, peft_config, callbacks)
-        stores = all(data is None or isinstance(data, AnchorStore) for data in (train_dataset, eval_dataset))
-        refuse_idle(args, eval_dataset is not None, peft_config is not None, stores)
+        data = [each for each in (train_dataset, eval_dataset) if each is not None]
+        stores = [each.folder for each in data if isinstance(each, AnchorStore)]
+        refuse_idle(
+            args, eval_dataset is not None, peft_config is not None, stores if len(stores) == len(data) else None
+        )
         load_judge(args)  # a wrong name is known before the first draw
         self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
         self.tokenizer = with_template(processing_class, self.args) if processing_class else load_tokenizer(self.args)

@@ -304,13 +304,18 @@ def test_every_setting_that_names_a_place_is_a_path() -> None:
         ({"judge_max_prompts": 2}, {"held_out": True}, "judge_max_prompts is 2; it must be left out where judge is"),
         ({"judge_num_generations": 2}, {"held_out": True}, "judge_num_generations is 2; it must be left out where"),
         ({"use_peft": True, "lora_r": 8}, {"peft_config": True}, "lora_r is 8; it must be left out where peft_config"),
-        ({"anchors_dir": "a"}, {"stores": True}, "anchors_dir is 'a'; it must be left out where all data are stores"),
+        ({"anchors_dir": "a"}, {"stores": ["b/a/train"]}, "anchors_dir is 'a'; it must be left out where all data"),
     ],
 )
 def test_a_setting_that_would_decide_nothing_is_refused(settings: Any, arguments: Any, message: str) -> None:
     config = D2OConfig(**settings)
     with pytest.raises(D2OError, match=message):
         refuse_idle(config, **{"held_out": False, **arguments})
+
+
+def test_a_store_may_come_from_the_folder_that_is_set() -> None:
+    refuse_idle(D2OConfig(anchors_dir="a"), held_out=True, stores=["b/train", "a/train"])
+    refuse_idle(D2OConfig(anchors_dir="a"), held_out=True, stores=["a"])
 
 
 def test_a_template_beside_a_tokenizer_is_used_on_a_copy(tmp_path: Path) -> None:
