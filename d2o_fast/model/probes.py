@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o_fast.errors import D2OError
+from d2o_fast.loss.matmul import exact_products
 from d2o_fast.model.dropout import own_modules
 from d2o_fast.model.parts import evaluating, head_of, vocabulary_size
 
@@ -31,19 +32,16 @@ def exact(model: Any) -> Iterator[None]:
 
     Attention with "flash" in its name takes no fp32, and runs under bf16 autocast.
     """
-    device, precision = next(model.parameters()).device, torch.get_float32_matmul_precision()
+    device = next(model.parameters()).device
     flash = "flash" in str(model.config._attn_implementation)
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=flash),
-            torch.no_grad(),
-            evaluating(model),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        exact_products(device, torch.float32),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=flash),
+        torch.no_grad(),
+        evaluating(model),
+    ):
+        yield
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
