@@ -73,6 +73,9 @@ def build_store(
     if os.path.lexists(folder / "manifest.json"):  # reading takes no lock: many runs share a store that is complete
         store = _opened(model, tokenizer, rows, config, folder, fingerprint)
         if store.complete:
+            if (folder / ".lock").is_file():
+                with contextlib.suppress(D2OError), locked(folder, "making anchors"):
+                    pass  # removes the file that a killed process left, if nobody has it and the disk can be written
             if progress is not None:
                 progress(len(rows), len(rows))
             return store
