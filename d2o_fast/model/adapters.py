@@ -7,7 +7,6 @@ it. Any other adapter is a part of the initial policy and stays active when that
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
+from d2o_fast.model.parts import base_of
+from d2o_fast.model.whole import loading, read_json, refuse_difference, refuse_odd_files, refuse_pickled
 
 
 def adapter_base(name: str) -> str | None:
@@ -30,32 +31,53 @@ def adapter_base(name: str) -> str | None:
     path = find_adapter_config_file(name)
     if path is None:
         return None
-    try:
-        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise D2OError(f"{path} is damaged ({error})") from error
-    if not base:
+    base = read_json(Path(path), f"the adapter in '{Path(path).parent}'").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise D2OError(
             f"{path} does not say which model the adapter belongs to: set base_model_name_or_path in it to a folder "
             "or a hub name"
         )
-    return str(base)
+    return base
 
 
 def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
     """A PeftModel: ``base`` with the adapter from a folder or hub name.
 
     Raises:
-        D2OError: peft is missing, or the adapter does not fit.
+        D2OError: peft is missing, the adapter does not fit, or its weights are not whole.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
         raise D2OError(f"the adapter in '{name}' needs peft ({error}); pip install 'd2o-fast[lora]'") from error
-    try:
-        return PeftModel.from_pretrained(base, name, is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise D2OError(f"the adapter in '{name}' does not fit {type(base).__name__}: {error}") from error
+    what = f"the adapter in '{name}'"
+    if Path(name).is_dir():
+        refuse_odd_files(Path(name), what)
+        refuse_pickled(Path(name), what)
+    with loading(f"{what} for {type(base).__name__}", "Give the adapter's own base, or copy the adapter again"):
+        model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    base_of(model)  # refuses adapters that add tokens
+    read_adapter(model, name, what)
+    return model
+
+
+def read_adapter(model: Any, folder: str | Path, what: str) -> None:
+    """Reads the weights of a PeftModel's only adapter from a folder or hub name, in place.
+
+    Raises:
+        D2OError: they cannot be read, a tensor is missing, or one has no place in the adapter.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if Path(folder).is_dir():
+        refuse_pickled(Path(folder), what)
+    with loading(what, "They belong to another adapter, or are damaged"):
+        (name,) = model.peft_config
+        found = load_peft_weights(str(folder), device="cpu")
+        _, wanted = adapter_of(model)
+        refuse_difference([key for key in wanted if key not in found], [], what)
+        result: Any = set_peft_model_state_dict(model, found, adapter_name=name)
+        refuse_difference([], result.unexpected_keys, what)
 
 
 def is_fresh(model: nn.Module) -> bool:

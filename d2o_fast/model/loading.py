@@ -10,15 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.errors import D2OError
-from d2o_fast.model.adapters import adapter_base, put_adapter
+from d2o_fast.errors import D2OError, shortened
+from d2o_fast.model.adapters import adapter_base, put_adapter, read_adapter
 from d2o_fast.model.parts import base_of, refuse_quantised
+from d2o_fast.model.whole import (
+    CONFIG,
+    check_folder,
+    loading,
+    refuse_incomplete,
+    refuse_not_finite,
+    refuse_odd_files,
+    refuse_odd_stops,
+    weight_files,
+)
 
+#: No code of the model's own, no pickles; a tensor of another shape is reported with the others.
+STRICT = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -41,10 +54,14 @@ def load_model(config: D2OConfig, name: str | None = None, setting: str = "model
             raise D2OError(f"{setting} '{base}' is an adapter too; merge that one into its model first")
         return put_adapter(load_model(config, base, setting), name, trainable=True)
     options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise D2OError(f"{setting} '{name}' cannot be loaded as a causal language model: {error}") from error
+    what = f"{setting} '{name}'"
+    if os.path.isdir(name):
+        check_folder(Path(name), what)
+    with loading(what, "Give the folder or the hub name of a causal language model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **STRICT, **options
+        )
+    refuse_incomplete(info, what)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not options and model.config._attn_implementation == "sdpa":
         # sdpa has no softcap. Older versions of transformers run Gemma 2 with it nevertheless, without the cap.
@@ -62,13 +79,20 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
     """
     name = _known(name or config.model_name_or_path, "model_name_or_path")
     name = _tokenizer_place(name) or name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise D2OError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
+    what = f"the tokenizer of '{name}'"
+    if os.path.isdir(name):
+        refuse_odd_files(Path(name), what)
+        if not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
+            raise D2OError(f"{what} is missing ({_TOKENIZER_FILES[0]}); write it there with its save_pretrained")
+    with loading(what, "Copy its files again from their source"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise D2OError(f"the tokenizer of '{name}' has no eos_token; responses could not end. Set eos_token in it")
-    return with_template(tokenizer, config)
+    tokenizer = with_template(tokenizer, config)
+    own = config.chat_template_path is None
+    what = f"the chat template of '{name}'" if own else f"chat_template_path '{config.chat_template_path}'"
+    _refuse_bad_template(tokenizer, what)
+    return tokenizer
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreTrainedTokenizerBase:
@@ -92,6 +116,17 @@ def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreT
     return tokenizer
 
 
+def _refuse_bad_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise D2OError(f"{what} is no Jinja template: line {error.lineno}: {error.message}. Mend it") from error
+    except Exception:  # it may refuse this message and take those of the data; the rows are checked one by one
+        return
+
+
 def has_tokenizer(name: str) -> bool:
     """Whether ``load_tokenizer`` finds a tokenizer in the folder, under the hub name or with the adapter's base."""
     return _tokenizer_place(os.path.expanduser(name)) is not None
@@ -102,7 +137,9 @@ def _tokenizer_place(name: str) -> str | None:
         for place in (name, adapter_base(name)):
             if place is not None and any(has_file(place, file) for file in _TOKENIZER_FILES):
                 return place
-    except OSError:  # no such name: loading the model reports it
+    except D2OError:
+        raise
+    except (OSError, ValueError):  # no such name: loading the model reports it
         pass
     return None
 
@@ -120,19 +157,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _base_under(name: str, setting: str) -> str | None:
-    try:
+    with loading(f"{setting} '{name}'", "Give a folder, or a name that the hub knows"):
         return adapter_base(name)
-    except OSError as error:
-        raise D2OError(f"{setting} '{name}' cannot be found: {error}") from error
 
 
 def _known(name: str, setting: str) -> str:
     if not name:
         raise D2OError(f"{setting} is not set; give a local folder or a name on the Hugging Face hub")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not os.path.isdir(os.path.expanduser(name)):
-        raise D2OError(f"{setting} '{name}' is not a folder")
-    return os.path.expanduser(name)
+    with loading(f"{setting} {shortened(name)!r}", "Give a local folder or a name on the Hugging Face hub"):
+        path = os.path.expanduser(name)
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.lexists(path)
+        if looks_local and not os.path.isdir(path):
+            raise D2OError(f"{setting} '{name}' is not a folder; give the folder that holds {CONFIG} and the weights")
+    return path
 
 
 def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
@@ -153,6 +190,8 @@ def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
         except (ValueError, ImportError) as error:
             raise D2OError(f"attn_implementation '{config.attn_implementation}' cannot be set: {error}") from error
     refuse_quantised(model, "the model")
+    refuse_not_finite(model, f"the model '{base.config._name_or_path}'" if base.config._name_or_path else "the model")
+    refuse_odd_stops(getattr(base, "generation_config", None), "the model's generation_config")
     model = model.float().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.use_liger_kernel:
         _apply_liger(base)
@@ -182,22 +221,19 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         D2OError: they cannot be read or belong to another model.
     """
-    try:
-        if hasattr(model, "peft_config"):
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            (name,) = model.peft_config
-            found = load_peft_weights(str(folder if name == "default" else folder / name), device="cpu")
-            result: Any = set_peft_model_state_dict(model, found, adapter_name=name)
-            if result.unexpected_keys:
-                raise RuntimeError(f"unexpected keys {result.unexpected_keys[:4]}")
-        else:
-            # from_pretrained, not the file itself: transformers may store weights under other names than it uses.
-            with quiet_transformers():
-                saved = type(model).from_pretrained(folder, dtype=torch.float32)
+    what = f"{folder}: its weights"
+    if hasattr(model, "peft_config"):
+        (name,) = model.peft_config
+        read_adapter(model, folder if name == "default" else folder / name, what)
+    else:
+        weight_files(folder, what)
+        # from_pretrained, not the file itself: transformers may store weights under other names than it uses.
+        with loading(what, "Resume from another checkpoint"), quiet_transformers():
+            options = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}
+            saved, info = type(model).from_pretrained(folder, **options, **STRICT)
+            refuse_incomplete(info, what)
             model.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise D2OError(f"{folder}: its weights do not fit {type(base_of(model)).__name__}: {error}") from error
+    refuse_not_finite(model, what)
 
 
 def trained_model(config: D2OConfig, folder: str) -> Any:
