@@ -34,7 +34,8 @@ from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, DataError
 from d2o_fast.files import locked, make_folder
 from d2o_fast.model.adapters import initial_policy
-from d2o_fast.model.parts import vocabulary_size
+from d2o_fast.model.limits import KnownIds
+from d2o_fast.model.parts import tokenizer_of, unwrapped, vocabulary_size
 
 logger = logging.getLogger("d2o_fast")
 
@@ -67,7 +68,8 @@ def build_store(
     if not rows:
         raise DataError(str(folder), None, None, "no rows", "Give at least one prompt with its negative")
     folder = Path(folder).expanduser()
-    _check_rows(rows, tokenizer, config)
+    model, tokenizer = unwrapped(model), tokenizer_of(tokenizer)
+    _check_rows(rows, model, tokenizer, config)
     references = References(model, tokenizer, config)
     fingerprint = expected_fingerprint(model, tokenizer, rows, config, references)
     if os.path.lexists(folder / "manifest.json"):  # reading takes no lock: many runs share a store that is complete
@@ -83,21 +85,24 @@ def build_store(
     with locked(folder, "making anchors"):
         counts = {"num_rows": len(rows), "num_shards": -(-len(rows) // config.sampling_batch_size)}
         begin(folder, {"fingerprint": fingerprint, **counts, "references": reference_names(config)})
-        store = _opened(
-            model, tokenizer, rows, config, folder, fingerprint
-        )  # another process may have worked meanwhile
+        # Another process may have worked meanwhile.
+        store = _opened(model, tokenizer, rows, config, folder, fingerprint)
         _complete(store, rows, references, progress)
     return store
 
 
-def _check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> None:
-    for _ in tokenized(rows, tokenizer, config):
-        pass  # checks all rows before the first is sampled
+def _check_rows(
+    rows: Sequence[Row], model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig
+) -> None:
+    """Checks all rows before the first is sampled."""
+    known = KnownIds(model, tokenizer, config)
+    for row, example in zip(rows, tokenized(rows, tokenizer, config), strict=True):
+        known.check(row, example)
     if config.sampling_instruction is not None:
         for start in range(0, len(rows), config.sampling_batch_size):
             part = rows[start : start + config.sampling_batch_size]
-            for _ in instructed([row for row in part if row.anchors is None], tokenizer, config):
-                pass  # refuses unfit prompts before the first draw
+            for row, ids in instructed([row for row in part if row.anchors is None], tokenizer, config):
+                known.check_ids(row, "prompt", ids)
 
 
 def _opened(

@@ -23,9 +23,11 @@ from d2o_fast.errors import D2OError
 from d2o_fast.forward.sharing import choose_sharing
 from d2o_fast.model.adapters import adapter_base, initial_policy
 from d2o_fast.model.identity import Identity, identity_of
+from d2o_fast.model.limits import check_positions
 from d2o_fast.model.loading import has_tokenizer, load_model, load_tokenizer, quiet_transformers
-from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_moving_positions, refuse_quantised, vocabulary_size
+from d2o_fast.model.parts import decoder_of, pad_token_id, refuse_quantised, vocabulary_size
 from d2o_fast.model.probes import refuse_unfit
+from d2o_fast.model.whole import refuse_not_finite
 
 SIDES = ("neg", "pos")
 _NAMES = ("weights", "model_config", "adapter")  # the fingerprint's names for the fields of an Identity
@@ -131,6 +133,7 @@ class References:
             with quiet_transformers():
                 model = load_model(self.config, name, setting).requires_grad_(False).eval()
             refuse_quantised(model, f"{setting} '{name}'")
+            refuse_not_finite(model, f"{setting} '{name}'")
             self._loaded[name] = model, identity_of(model)
         return self._loaded[name]
 
@@ -192,7 +195,7 @@ class _Reference:
     def __init__(self, model: Any, config: D2OConfig, pad: int, what: str) -> None:
         self.model, self.config, self.pad, self.what = model, config, pad, what
         try:
-            refuse_moving_positions(model, config)
+            check_positions(model, config)
             with initial_policy(model):
                 self.decoder = decoder_of(model)
         except D2OError as error:

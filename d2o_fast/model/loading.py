@@ -23,6 +23,7 @@ from d2o_fast.model.whole import (
     CONFIG,
     check_folder,
     loading,
+    read_config,
     refuse_incomplete,
     refuse_not_finite,
     refuse_odd_files,
@@ -58,9 +59,10 @@ def load_model(config: D2OConfig, name: str | None = None, setting: str = "model
     if os.path.isdir(name):
         check_folder(Path(name), what)
     with loading(what, "Give the folder or the hub name of a causal language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **STRICT, **options
         )
+        model, info = loaded
     refuse_incomplete(info, what)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not options and model.config._attn_implementation == "sdpa":
@@ -82,10 +84,16 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
     what = f"the tokenizer of '{name}'"
     if os.path.isdir(name):
         refuse_odd_files(Path(name), what)
+        if Path(name, CONFIG).exists():
+            read_config(Path(name), f"model_name_or_path '{name}'")
         if not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
             raise D2OError(f"{what} is missing ({_TOKENIZER_FILES[0]}); write it there with its save_pretrained")
     with loading(what, "Copy its files again from their source"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise D2OError(f"{what} has no vocabulary; copy its files again from their source")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise D2OError(f"{what} has the model_max_length {tokenizer.model_max_length!r}, and a number is needed")
     if tokenizer.eos_token_id is None:
         raise D2OError(f"the tokenizer of '{name}' has no eos_token; responses could not end. Set eos_token in it")
     tokenizer = with_template(tokenizer, config)
@@ -119,10 +127,14 @@ def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreT
 def _refuse_bad_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     if tokenizer.chat_template is None:
         return
+    if not isinstance(tokenizer.chat_template, str | dict):
+        raise D2OError(f"{what} is {shortened(repr(tokenizer.chat_template))}; it must be a text")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise D2OError(f"{what} is no Jinja template: line {error.lineno}: {error.message}. Mend it") from error
+        raise D2OError(
+            f"{what} is no Jinja template: line {error.lineno}: {str(error.message).rstrip('.')}. Mend it"
+        ) from error
     except Exception:  # it may refuse this message and take those of the data; the rows are checked one by one
         return
 

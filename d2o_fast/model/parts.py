@@ -9,6 +9,7 @@ Shapes: T tokens of a row, H hidden.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,14 +18,56 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, refusal
 from d2o_fast.loss.engine import Head
 from d2o_fast.loss.reference import naive_linear_logprob
+from d2o_fast.model.whole import loading
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows. Padding follows the real tokens, which never see it."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """The token that fills rows: the end of a sequence, because a padding token may have no row in the model.
+
+    No real token sees the filler.
+    """
+    return int(tokenizer.eos_token_id)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers of torch and accelerate (compiled, parallel); a path as a text.
+
+    Raises:
+        D2OError: something else than a model of transformers, a PeftModel, a folder or a name.
+    """
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        inner = model.__dict__.get("_modules", {})
+        inner = inner.get("_orig_mod", inner.get("module"))
+        if inner is None:
+            break
+        model = inner
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise refusal("model", model, "a folder, a hub name, a model of transformers or a PeftModel")
+    if "_original_forward" in model.__dict__:  # accelerate's autocast around forward
+        model.forward = model.__dict__.pop("_original_forward")
+    for name, part in model.named_modules():
+        if isinstance(part, torch._dynamo.OptimizedModule):
+            raise D2OError(f"model: its part {name} is compiled; give the model as it was before torch.compile")
+    return model
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, or the one inside a processor for several kinds of input.
+
+    Raises:
+        D2OError: it is neither, or has no end-of-sequence token.
+    """
+    found = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise refusal("processing_class", processing_class, "a tokenizer of transformers, or a processor with one")
+    if found.eos_token_id is None:
+        raise D2OError("processing_class: the tokenizer has no eos_token; responses could not end. Set eos_token in it")
+    return found
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -88,9 +131,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """
     base, head = base_of(model), head_of(model)
     decoder = base.base_model
+    if decoder is base:  # Llama 4 has the prefix of a larger model
+        decoder = getattr(base, "model", base)
     if decoder is base:
         raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
-    with evaluating(base), torch.no_grad():
+    base.config.return_dict = True
+    with evaluating(base), torch.no_grad(), loading(f"{type(base).__name__}: its forward", "Use another model"):
         tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
         try:
             logits = base(input_ids=tokens, use_cache=False).logits[0].float()
@@ -102,6 +148,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
         targets = logits.argmax(-1)
         expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         found = naive_linear_logprob(hidden, head.weight, targets, **head.options())
+    if not expected.isfinite().all():
+        raise D2OError(
+            f"{type(base).__name__}: its logits are not finite ({expected.tolist()}): its weights or its configuration "
+            "are damaged; load the model again from its source, or an earlier checkpoint"
+        )
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.1
     if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
         raise D2OError(
@@ -109,32 +160,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"against {found.tolist()}): its forward does more to the logits than is known here"
         )
     return decoder
-
-
-def refuse_moving_positions(model: nn.Module, config: D2OConfig) -> None:
-    """Refuses rotary factors that depend on the longest row of a batch.
-
-    A score would depend on its neighbours. A reference scored beside other prompts would not match the policy.
-
-    Raises:
-        D2OError: ``max_length`` allows rows that change the factors.
-    """
-    settings = base_of(model).config.get_text_config()
-    parameters = getattr(settings, "rope_parameters", None) or {}
-    for found in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if found.get("rope_type") not in ("dynamic", "longrope"):
-            continue
-        limit = (
-            found.get("original_max_position_embeddings")
-            or getattr(settings, "original_max_position_embeddings", None)
-            or settings.max_position_embeddings
-        )
-        if config.max_length > limit:
-            raise D2OError(
-                f"max_length is {config.max_length}, but past {limit} tokens {type(base_of(model)).__name__} changes "
-                f"the position embeddings of a whole batch (rope_type '{found['rope_type']}'), so that a response's "
-                f"log-probability would depend on the prompts beside it. Set max_length to {limit} or less"
-            )
 
 
 def refuse_quantised(model: nn.Module, what: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from d2o_fast.errors import D2OError, shortened
@@ -46,8 +47,8 @@ def loading(what: str, fix: str) -> Iterator[None]:
         D2OError: something inside raised.
     """
     report = transformers_logging.get_logger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.CRITICAL)
+    silent = logging.Filter("nothing")
+    report.addFilter(silent)
     try:
         yield
     except (D2OError, KeyboardInterrupt, SystemExit):
@@ -57,12 +58,15 @@ def loading(what: str, fix: str) -> Iterator[None]:
             raise D2OError(_own_code(what)) from error
         raise D2OError(f"{what} cannot be loaded: {cause(error)}. {fix}") from error
     finally:
-        report.setLevel(level)
+        report.removeFilter(silent)
 
 
 def cause(error: BaseException) -> str:
     """The message of an exception in one printable line, with the type if the message alone says too little."""
-    text = "".join(c if c.isprintable() else " " for c in shortened(str(error), 2000))
+    if isinstance(error, KeyError):
+        return f"it names {shortened(repr(error.args[0]), 200)}, which is not known"
+    said = str(error).partition("Exception raised from")[0]  # torch adds its C++ stack
+    text = "".join(c if c.isprintable() else " " for c in said)
     text = shortened(text, 300, one_line=True).rstrip(".")
     return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__} {text}".rstrip()
 
@@ -93,6 +97,25 @@ def refuse_odd_files(folder: Path, what: str) -> None:
             raise D2OError(f"{what}: {path.name} is neither a file nor a folder; remove it")
 
 
+def read_config(folder: Path, what: str) -> dict[str, Any]:
+    """The content of ``config.json``, which transformers can read.
+
+    Raises:
+        D2OError: the file is missing or damaged, or transformers does not know its model.
+    """
+    if not (folder / CONFIG).is_file():
+        raise D2OError(f"{what} has no {CONFIG}; give the folder of a model, as save_pretrained writes it")
+    config = read_json(folder / CONFIG, what)
+    if "model_type" not in config and "auto_map" not in config:
+        raise D2OError(f"{what}: {CONFIG} has no model_type. {_AGAIN}")
+    with loading(f"{what}: {CONFIG}", _AGAIN):
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name, value in config.items():
+            if "drop" in name and isinstance(value, int | float) and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}, and a share of 0 to 1 is needed")
+    return config
+
+
 def check_folder(folder: Path, what: str) -> None:
     """Checks the files of a model's folder before anything is built from them.
 
@@ -101,11 +124,7 @@ def check_folder(folder: Path, what: str) -> None:
             a hub, or asks for more than the weights hold.
     """
     refuse_odd_files(folder, what)
-    if not (folder / CONFIG).is_file():
-        raise D2OError(f"{what} has no {CONFIG}; give the folder of a model, as save_pretrained writes it")
-    config = read_json(folder / CONFIG, what)
-    if "model_type" not in config and "auto_map" not in config:
-        raise D2OError(f"{what}: {CONFIG} has no model_type. {_AGAIN}")
+    config = read_config(folder, what)
     attention = config.get("_attn_implementation") or config.get("attn_implementation")
     if isinstance(attention, str) and "/" in attention:
         raise D2OError(
@@ -141,9 +160,15 @@ def _held(folder: Path, what: str) -> dict[str, tuple[str, int]]:
 
 def _refuse_other_sizes(folder: Path, held: dict[str, tuple[str, int]], what: str) -> None:
     """Builds the model without values, so that a wrong size is found before it takes memory."""
-    with loading(what, _AGAIN), torch.device("meta"):
+    with loading(f"{what}: {CONFIG}", _AGAIN), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and named != type(model).__name__:
+        raise D2OError(
+            f"{what}: {CONFIG} has the architecture {named}, but its model_type '{config.model_type}' makes "
+            f"{type(model).__name__}. {_AGAIN}"
+        )
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     found = sum(count for _, count in held.values())
     if wanted > 2 * found + _SPARE:
@@ -170,9 +195,7 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     names = sorted(set(places.values()))
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing:
-        raise D2OError(
-            f"{what}: {INDEX} names {_some(missing)}, which is missing there; copy the whole folder again"
-        )
+        raise D2OError(f"{what}: {INDEX} names {_some(missing)}, which is missing there; copy the whole folder again")
     return [folder / name for name in names]
 
 
@@ -190,8 +213,8 @@ def _no_weights(folder: Path, what: str, wanted: str) -> D2OError:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         return D2OError(
-            f"{what}: the folder holds pickled weights ({_some(pickled)}) and no {wanted}. A pickle can run code and is "
-            "never loaded: load the model where you trust it and write it with save_pretrained, which makes safetensors"
+            f"{what}: the folder holds pickled weights ({_some(pickled)}) and no {wanted}. A pickle can run code and "
+            "is never loaded: load the model where you trust it and write it with save_pretrained, in safetensors"
         )
     return D2OError(f"{what} has no weights ({wanted}); give a folder as save_pretrained writes it")
 
@@ -260,7 +283,8 @@ def refuse_not_finite(model: nn.Module, what: str) -> None:
     Raises:
         D2OError: a parameter is not finite, or has no values (device "meta").
     """
-    for name, parameter in model.named_parameters():
+    rotary = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    for name, parameter in (*model.named_parameters(), *rotary):
         if parameter.device.type == "meta":
             raise D2OError(f"{what}: {name} has no values (it is offloaded); load it without device_map")
         if parameter.numel() and parameter.is_floating_point():

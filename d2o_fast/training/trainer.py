@@ -34,8 +34,9 @@ from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
 from d2o_fast.model.dropout import apply_dropout_setting
+from d2o_fast.model.limits import check_positions, mention_balancing
 from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, with_template
-from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, refuse_moving_positions
+from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, tokenizer_of, unwrapped
 from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training import output, unchanged
 from d2o_fast.training.ending import Signals, Stopped, explained
@@ -101,11 +102,14 @@ class D2OTrainer:
             args, eval_dataset is not None, peft_config is not None, stores if len(stores) == len(data) else None
         )
         load_judge(args)  # a wrong name is known before the first draw
+        model = unwrapped(model)
         self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
-        self.tokenizer = with_template(processing_class, self.args) if processing_class else load_tokenizer(self.args)
+        given = None if processing_class is None else tokenizer_of(processing_class)
+        self.tokenizer = load_tokenizer(self.args) if given is None else with_template(given, self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
         apply_dropout_setting(self.model, self.args)
-        refuse_moving_positions(self.model, self.args)
+        check_positions(self.model, self.args)
+        mention_balancing(self.model)
         self.device = self.model.device
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
         self.pad = pad_token_id(self.tokenizer)

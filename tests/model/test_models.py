@@ -14,8 +14,9 @@ from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.batch import pack, response_hidden
 from d2o_fast.loss.reference import naive_linear_logprob, sequence_logps
+from d2o_fast.model.limits import check_positions
 from d2o_fast.model.loading import load_model
-from d2o_fast.model.parts import base_of, decoder_of, head_of, refuse_moving_positions
+from d2o_fast.model.parts import base_of, decoder_of, head_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
 
@@ -124,10 +125,10 @@ def test_positions_that_depend_on_the_longest_row_are_refused(kind: str) -> None
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     model = small("llama", rope_parameters=rope, max_position_embeddings=32 if kind == "dynamic" else 128)
-    refuse_moving_positions(model, D2OConfig(max_length=32, max_completion_length=8))
+    check_positions(model, D2OConfig(max_length=32, max_completion_length=8))
     with pytest.raises(D2OError, match=rf"max_length is 33, but past 32 tokens LlamaForCausalLM .*{kind}"):
-        refuse_moving_positions(model, D2OConfig(max_length=33, max_completion_length=8))
-    refuse_moving_positions(small("llama"), D2OConfig(max_length=4096))
+        check_positions(model, D2OConfig(max_length=33, max_completion_length=8))
+    check_positions(small("llama"), D2OConfig(max_length=4096))
 
 
 def test_scores_belong_to_their_prompt() -> None:
