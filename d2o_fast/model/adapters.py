@@ -56,7 +56,7 @@ def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
         refuse_pickled(Path(name), what)
     with loading(f"{what} for {type(base).__name__}", "Give the adapter's own base, or copy the adapter again"):
         model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
-    base_of(model)  # refuses adapters that add tokens
+    refuse_tied_embedding(model)
     read_adapter(model, name, what)
     return model
 
@@ -75,9 +75,12 @@ def read_adapter(model: Any, folder: str | Path, what: str) -> None:
         (name,) = model.peft_config
         found = load_peft_weights(str(folder), device="cpu")
         _, wanted = adapter_of(model)
-        refuse_difference([key for key in wanted if key not in found], [], what)
-        result: Any = set_peft_model_state_dict(model, found, adapter_name=name)
-        refuse_difference([], result.unexpected_keys, what)
+        # peft would put other tensors into the base. An adapter saved without them would then have another base.
+        refuse_difference(wanted.keys() - found.keys(), found.keys() - wanted.keys(), what)
+        odd = [key for key, tensor in found.items() if not tensor.is_floating_point()]
+        if odd:
+            raise ValueError(f"{odd[0]} has the type {found[odd[0]].dtype}")
+        set_peft_model_state_dict(model, found, adapter_name=name)
 
 
 def is_fresh(model: nn.Module) -> bool:
@@ -144,6 +147,7 @@ def add_adapter(model: Any, config: D2OConfig, peft_config: Any = None) -> Any:
             raise D2OError(f"the model has {len(adapters)} adapters ({', '.join(adapters)}); keep the one to train")
     elif peft_config is not None or config.use_peft:
         model = _with_lora(model, config, peft_config)
+    refuse_tied_embedding(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise D2OError("no parameter of the model requires a gradient; load the adapter with is_trainable=True")
     return model
@@ -164,7 +168,22 @@ def _with_lora(model: PreTrainedModel, config: D2OConfig, peft_config: Any) -> A
         )
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        try:
+        with loading("LoRA", "Set lora_target_modules", f"does not fit {type(model).__name__}"):
             return get_peft_model(model, peft_config)
-        except ValueError as error:
-            raise D2OError(f"LoRA does not fit {type(model).__name__}: {error}. Set lora_target_modules") from error
+
+
+def refuse_tied_embedding(model: Any) -> None:
+    """Refuses an adapter on an embedding whose weight is also the head's: merged, it would change the head as well.
+
+    Raises:
+        D2OError: the model has such an adapter.
+    """
+    base = base_of(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    own = list(embedding.parameters())
+    if len(own) > 1 and any(parameter is getattr(head, "weight", None) for parameter in own):
+        raise D2OError(
+            f"the adapter changes the embedding of {type(base).__name__}, whose weight is also that of the head "
+            "(tie_word_embeddings): merged, it would be another model. Leave the embedding out of lora_target_modules "
+            "and modules_to_save"
+        )

@@ -17,7 +17,7 @@ from d2o_fast.model.parts import base_of
 _NO_EFFECT = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),
     *("_attn_implementation", "attn_implementation", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("initializer_range", "output_attentions", "output_hidden_states", "return_dict"),
+    *("initializer_range", "output_attentions", "output_hidden_states", "return_dict", "output_router_logits"),
 }
 # The same for an adapter's configuration.
 _NO_EFFECT_ADAPTER = {

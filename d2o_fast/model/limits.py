@@ -73,14 +73,17 @@ def check_positions(model: nn.Module, config: D2OConfig) -> None:
         )
 
 
-def mention_balancing(model: nn.Module) -> None:
-    """Says once that a mixture of experts is trained without the term that balances its experts."""
+def leave_balancing_out(model: nn.Module) -> None:
+    """Trains a mixture of experts without the term that balances its experts, and says so once.
+
+    Transformers would compute the term even while responses are drawn, where it fails.
+    """
     settings = base_of(model).config.get_text_config()
-    weight = getattr(settings, "router_aux_loss_coef", None)
-    if weight and getattr(settings, "output_router_logits", False):
+    if getattr(settings, "output_router_logits", False):
+        settings.output_router_logits = False
         _say(
-            f"{type(base_of(model)).__name__} asks for a term that balances its experts (output_router_logits, "
-            f"router_aux_loss_coef {weight}); D2O's loss has no such term, and none is added"
+            f"{type(base_of(model)).__name__} asks for a term that balances its experts (output_router_logits); D2O's "
+            "loss has no such term, and it is left out"
         )
 
 

@@ -79,8 +79,15 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
     Raises:
         D2OError: it cannot be loaded, has no end-of-sequence token, or chat_template_path is not a file.
     """
-    name = _known(name or config.model_name_or_path, "model_name_or_path")
-    name = _tokenizer_place(name) or name
+    setting = "model_name_or_path"
+    name = _known(name or config.model_name_or_path, setting)
+    place = _tokenizer_place(name)
+    if place is None and os.path.isdir(name):  # the folder may be no model at all
+        base = _base_under(name, setting)
+        _known(name if base is None else base, f"{setting} '{name}': its base_model_name_or_path")
+        if base is None:
+            read_config(Path(name), f"{setting} '{name}'")
+    name = place or name
     what = f"the tokenizer of '{name}'"
     if os.path.isdir(name):
         refuse_odd_files(Path(name), what)

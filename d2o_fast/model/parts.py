@@ -77,6 +77,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
         D2OError: a prompt-learning adapter, which adds its own tokens before the prompt; an adapter in a model that is
             not a PeftModel.
     """
+    if not isinstance(model, nn.Module):
+        raise refusal("model", model, "a model of transformers or a PeftModel")
     adapters: Any = getattr(model, "peft_config", None)
     if adapters is None:
         return model  # type: ignore[return-value]
@@ -135,8 +137,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         decoder = getattr(base, "model", base)
     if decoder is base:
         raise D2OError(f"{type(base).__name__} has no decoder apart from its head; use a ...ForCausalLM class")
-    base.config.return_dict = True
-    with evaluating(base), torch.no_grad(), loading(f"{type(base).__name__}: its forward", "Use another model"):
+    base.config.return_dict, kind = True, type(base).__name__
+    with evaluating(base), torch.no_grad(), loading(kind, "Use another model", "cannot read tokens"):
         tokens = torch.arange(5, device=head.weight.device)[None] % head.weight.shape[0]
         try:
             logits = base(input_ids=tokens, use_cache=False).logits[0].float()

@@ -38,8 +38,8 @@ _OWN_CODE = "trust_remote_code"  # transformers names this option if a model nee
 
 
 @contextlib.contextmanager
-def loading(what: str, fix: str) -> Iterator[None]:
-    """Any exception inside becomes one D2OError: ``what`` cannot be loaded, the cause in one line, then ``fix``.
+def loading(what: str, fix: str, failed: str = "cannot be loaded") -> Iterator[None]:
+    """Any exception inside becomes one D2OError: ``what`` ``failed``, the cause in one line, then ``fix``.
 
     Transformers' report of missing tensors is off inside: ``refuse_incomplete`` says the same.
 
@@ -56,7 +56,7 @@ def loading(what: str, fix: str) -> Iterator[None]:
     except BaseException as error:  # a panic of tokenizers is no Exception
         if _OWN_CODE in str(error):
             raise D2OError(_own_code(what)) from error
-        raise D2OError(f"{what} cannot be loaded: {cause(error)}. {fix}") from error
+        raise D2OError(f"{what} {failed}: {cause(error)}. {fix}") from error
     finally:
         report.removeFilter(silent)
 

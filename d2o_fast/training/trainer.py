@@ -34,7 +34,7 @@ from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
 from d2o_fast.model.dropout import apply_dropout_setting
-from d2o_fast.model.limits import check_positions, mention_balancing
+from d2o_fast.model.limits import check_positions, leave_balancing_out
 from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, with_template
 from d2o_fast.model.parts import base_of, decoder_of, head_of, pad_token_id, tokenizer_of, unwrapped
 from d2o_fast.training import checkpoint as ckpt
@@ -95,7 +95,7 @@ class D2OTrainer:
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
         refuse_many_processes()
-        _refuse_wrong_objects(args, processing_class, peft_config, callbacks)
+        _refuse_wrong_objects(args, peft_config, callbacks)
         data = [each for each in (train_dataset, eval_dataset) if each is not None]
         stores = [each.folder for each in data if isinstance(each, AnchorStore)]
         refuse_idle(
@@ -109,7 +109,7 @@ class D2OTrainer:
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
         apply_dropout_setting(self.model, self.args)
         check_positions(self.model, self.args)
-        mention_balancing(self.model)
+        leave_balancing_out(self.model)
         self.device = self.model.device
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
         self.pad = pad_token_id(self.tokenizer)
@@ -558,11 +558,9 @@ def _name_of(model: Any, args: D2OConfig) -> str:
     return model
 
 
-def _refuse_wrong_objects(args: Any, tokenizer: Any, peft_config: Any, callbacks: Any) -> None:
+def _refuse_wrong_objects(args: Any, peft_config: Any, callbacks: Any) -> None:
     if not isinstance(args, D2OConfig):
         raise refusal("args", args, "a D2OConfig; it has the names of TrainingArguments")
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise refusal("processing_class", tokenizer, "a tokenizer of transformers")
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise refusal("peft_config", peft_config, "a LoraConfig of peft")
     if not isinstance(callbacks, Sequence | None):
