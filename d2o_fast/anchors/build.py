@@ -91,9 +91,7 @@ def build_store(
     return store
 
 
-def _check_rows(
-    rows: Sequence[Row], model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig
-) -> None:
+def _check_rows(rows: Sequence[Row], model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> None:
     """Checks all rows before the first is sampled."""
     known = KnownIds(model, tokenizer, config)
     for row, example in zip(rows, tokenized(rows, tokenizer, config), strict=True):

@@ -14,6 +14,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from d2o_fast.data.row import Row, prompt_text
 from d2o_fast.errors import D2OError, DataError, shortened
 from d2o_fast.functions import call_function, load_function
+from d2o_fast.model.loading import STRICT
+from d2o_fast.model.whole import (
+    loading,
+    read_config,
+    refuse_incomplete,
+    refuse_not_finite,
+    refuse_odd_files,
+    weight_files,
+)
 
 SCORE_BATCH = 16  #: texts that a classifier reads at a time
 
@@ -57,20 +66,22 @@ class ClassifierScorer:
         self.name, what = name, f"anchor_score '{name}'"
         if name.startswith((".", "/")) and not Path(name).is_dir():
             raise D2OError(f"{what} is not a folder; a function is named like 'package.module:function'")
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype="auto", output_loading_info=True, trust_remote_code=False
+        failed = "cannot be loaded as a sequence classifier with its tokenizer"
+        if Path(name).is_dir():
+            refuse_odd_files(Path(name), what)
+            read_config(Path(name), what)
+            weight_files(Path(name), what)
+        with loading(what, "A function is named like 'package.module:function'", failed):
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype="auto", output_loading_info=True, **STRICT
             )
+            model, info = loaded
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # a damaged folder may raise anything
-            found = shortened(str(error), 300, one_line=True)
-            raise D2OError(
-                f"{what} cannot be loaded as a sequence classifier with its tokenizer ({type(error).__name__}: "
-                f"{found}). A function is named like 'package.module:function'"
-            ) from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:4])
             raise D2OError(f"{what} holds no trained classifier (missing: {missing}): its scores would be random")
+        refuse_incomplete(info, what)
+        refuse_not_finite(model, what)
         if model.config.num_labels != 1:
             labels = ", ".join(map(str, model.config.id2label.values()))
             raise D2OError(

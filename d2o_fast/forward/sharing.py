@@ -8,6 +8,7 @@ some carry a state from token to token outside it, and some drop its arguments. 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -192,6 +193,8 @@ def _compare(
         with autocast(config, device):
             shared.shared.seen.clear()  # type: ignore[union-attr]
             error, limit = rms(logps(shared)), 2 * rms(logps(separate)) + 1e-3
+    if math.isnan(error):
+        raise D2OError("the log-probabilities of the first prompt's responses are not finite: the weights are damaged")
     if not error <= limit:
         raise SharingRefused(
             f"the log-probabilities of the first prompt's response tokens differ by {error:.1e} nats (RMS; at most "

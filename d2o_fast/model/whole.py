@@ -78,10 +78,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         D2OError: the file cannot be read or holds something else. The message begins with ``what``.
     """
     with loading(f"{what}: {path.name}", _AGAIN):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {shortened(repr(found))} and not an object")
         return found
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("it holds NaN")
+    return float(name)  # Mamba's configurations hold Infinity
 
 
 def refuse_odd_files(folder: Path, what: str) -> None:
