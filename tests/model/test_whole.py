@@ -453,7 +453,7 @@ def test_the_command_refuses_in_one_line(name: str, whole: Path, tmp_path: Path)
     done = subprocess.run(
         command, cwd=tmp_path, input="yes\n" * 9, capture_output=True, text=True, timeout=DEADLINE, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode not in (0, 124, 137)
     assert "Traceback" not in done.stderr
     assert f"model_name_or_path '{folder}'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "ran").exists()
