@@ -103,21 +103,18 @@ def load_tokenizer(config: D2OConfig, name: str | None = None) -> PreTrainedToke
         raise D2OError(f"{what} has the model_max_length {tokenizer.model_max_length!r}, and a number is needed")
     if tokenizer.eos_token_id is None:
         raise D2OError(f"the tokenizer of '{name}' has no eos_token; responses could not end. Set eos_token in it")
-    tokenizer = with_template(tokenizer, config)
-    own = config.chat_template_path is None
-    what = f"the chat template of '{name}'" if own else f"chat_template_path '{config.chat_template_path}'"
-    _refuse_bad_template(tokenizer, what)
-    return tokenizer
+    return with_template(tokenizer, config)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, or a copy with the chat template of ``config.chat_template_path``.
 
     Raises:
-        D2OError: chat_template_path is not a file of text.
+        D2OError: chat_template_path is not a file of text, or the template is no Jinja template.
     """
     path = config.chat_template_path
     if path is None:
+        _refuse_bad_template(tokenizer, f"the chat template of '{tokenizer.name_or_path}'")
         return tokenizer
     if not os.path.isfile(path):
         raise D2OError(f"chat_template_path '{path}' is not a file")
@@ -128,6 +125,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, config: D2OConfig) -> PreT
         raise D2OError(f"chat_template_path '{path}' cannot be read as UTF-8: {error}") from error
     if not tokenizer.chat_template.strip():
         raise D2OError(f"chat_template_path '{path}' is empty")
+    _refuse_bad_template(tokenizer, f"chat_template_path '{path}'")
     return tokenizer
 
 
