@@ -41,8 +41,7 @@ def unwrapped(model: Any) -> Any:
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
     while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-        inner = model.__dict__.get("_modules", {})
-        inner = inner.get("_orig_mod", inner.get("module"))
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
         if inner is None:
             break
         model = inner
@@ -51,7 +50,7 @@ def unwrapped(model: Any) -> Any:
     if "_original_forward" in model.__dict__:  # accelerate's autocast around forward
         model.forward = model.__dict__.pop("_original_forward")
     for name, part in model.named_modules():
-        if isinstance(part, torch._dynamo.OptimizedModule):
+        if "_orig_mod" in part._modules:
             raise D2OError(f"model: its part {name} is compiled; give the model as it was before torch.compile")
     return model
 
