@@ -32,6 +32,8 @@ class Case:
         errors: names of exceptions that are clear beside D2OError, in calls from Python.
         stdin: the text that the process can read.
         user: the call runs without root's rights.
+        hidden: texts that must not be printed.
+        late: the fault can show after the last step, when the model may be saved already.
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Case:
     errors: tuple[str, ...] = ()
     stdin: str = ""
     user: bool = False
+    hidden: tuple[str, ...] = ()
+    late: bool = False
 
 
 # --- Calls -------------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class Running:
         if "Traceback (most recent" in text:
             return "traceback", _last_line(text)
         refused = outcome["what"] == "refused"
+        if found := [word for word in case.hidden if word in printed + outcome["found"]]:
+            return "vague", f"it prints {found}"
         if fault := self._left_behind(refused):
             return "left", fault
         if refused:
@@ -116,7 +118,7 @@ class Running:
         for name in new:
             if name.endswith(".tmp") or any(part.startswith(".tmp") for part in Path(name).parts):
                 return f"{name} was left behind"
-            if refused and re.fullmatch(r"(out|run|lora|online)/(adapter_)?model\.safetensors", name):
+            if refused and not self.case.late and re.fullmatch(r"(out|run|lora|online)/(adapter_)?model\.safetensors", name):
                 return f"{name} was written, although the run was refused"
         return None
 
@@ -167,10 +169,12 @@ def _outcome(case: Case, folder: Path) -> dict[str, str]:
 def _limit(user: bool, folder: Path) -> None:
     data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
     most = int(data.split()[1]) * 1024 + MEMORY
-    for limit, value in ((resource.RLIMIT_DATA, most), (resource.RLIMIT_CPU, CPU_SECONDS)):
-        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
-    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, resource.RLIM_INFINITY))
+    limits = {"DATA": most, "CPU": CPU_SECONDS, "FSIZE": FILE, "CORE": 0}
+    for name, value in limits.items():
+        limit = getattr(resource, f"RLIMIT_{name}")
+        soft, hard = resource.getrlimit(limit)
+        if soft == resource.RLIM_INFINITY:  # else the case has set it
+            resource.setrlimit(limit, (value, hard))
     if user and os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
