@@ -1,4 +1,4 @@
-"""Checkpoints: every file with every damage, wrong values in every field, other settings; trained models that are not whole.
+"""Checkpoints: every file with every damage, wrong values in every field, other settings; damaged trained models.
 
 A damaged checkpoint must be refused before training, by the names of the file and of the newest whole checkpoint.
 """
@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from case import Call, Case, Cases, byte_damages, drop, fine, put, same_weights, set_json, some
-from d2o_fast.config import FIELDS, KINDS, having
+from d2o_fast.config import having
 
 LAST, FIRST = "checkpoint-4", "checkpoint-2"
 
@@ -186,7 +186,9 @@ def _saved(file: str, name: str, change: Callable[[Any], Any]) -> Case:
         path = Path("run", LAST, file)
         found = torch.load(path)
         changed = change(found)
-        torch.save(changed if isinstance(changed, list) or (file.startswith("opt") and name == "no state") else found, path)
+        torch.save(
+            changed if isinstance(changed, list) or (file.startswith("opt") and name == "no state") else found, path
+        )
         return resume("run")
 
     return Case("checkpoints", f"run, {file}: {name}", prepare, (file, LAST, FIRST), needs=("run",))
@@ -252,14 +254,26 @@ RUN_DAMAGES: dict[str, tuple[str, Callable[[], Any], tuple[str | tuple[str, ...]
     "metrics.jsonl is missing": ("run", lambda: os.unlink("run/metrics.jsonl"), ("metrics.jsonl",)),
     "metrics.jsonl is empty": ("run", lambda: os.truncate("run/metrics.jsonl", 0), ("metrics.jsonl",)),
     "metrics.jsonl ends before the checkpoint": ("run", _lines(lambda lines: lines[:2]), ("metrics.jsonl",)),
-    "a line of metrics.jsonl is no JSON": ("run", _lines(lambda lines: ["{oops\n", *lines]), ("metrics.jsonl", "line 1")),
-    "a line of metrics.jsonl is a list": ("run", _lines(lambda lines: [*lines[:1], "[1]\n", *lines]), ("metrics.jsonl", "line 2")),
+    "a line of metrics.jsonl is no JSON": (
+        "run",
+        _lines(lambda lines: ["{oops\n", *lines]),
+        ("metrics.jsonl", "line 1"),
+    ),
+    "a line of metrics.jsonl is a list": (
+        "run",
+        _lines(lambda lines: [*lines[:1], "[1]\n", *lines]),
+        ("metrics.jsonl", "line 2"),
+    ),
     "a step of metrics.jsonl is a text": (
         "run",
         _lines(lambda lines: ['{"step": "x"}\n', *lines]),
         ("metrics.jsonl", "line 1"),
     ),
-    "a line of metrics.jsonl is cut": ("run", _lines(lambda lines: [lines[0], lines[1][:40], *lines[2:]]), ("metrics.jsonl",)),
+    "a line of metrics.jsonl is cut": (
+        "run",
+        _lines(lambda lines: [lines[0], lines[1][:40], *lines[2:]]),
+        ("metrics.jsonl",),
+    ),
     "lines of metrics.jsonl are not in order": ("run", _lines(lambda lines: lines[::-1]), ("metrics.jsonl",)),
     "metrics.jsonl is a folder": (
         "run",
@@ -269,13 +283,37 @@ RUN_DAMAGES: dict[str, tuple[str, Callable[[], Any], tuple[str | tuple[str, ...]
     "both checkpoints are cut": ("run", _both_cut, ("optimizer.pt", LAST)),
     "an empty folder is the newest": ("run", lambda: os.mkdir("run/checkpoint-6"), ("checkpoint-6", LAST)),
     "a file is the newest": ("run", lambda: Path("run/checkpoint-6").touch(), ("checkpoint-6", LAST)),
-    "the first under the name of a later": ("run", lambda: os.rename(f"run/{FIRST}", "run/checkpoint-6"), ("checkpoint-6",)),
-    "a checkpoint of step 10^30": ("run", lambda: shutil.copytree(f"run/{LAST}", f"run/checkpoint-{10**30}"), (str(10**30),)),
-    "a link to nowhere is the newest": ("run", lambda: os.symlink("nowhere", "run/checkpoint-6"), ("checkpoint-6", LAST)),
-    "no checkpoint": ("run", lambda: [shutil.rmtree(f"run/{name}") for name in (FIRST, LAST)], ("resume_from_checkpoint",)),
+    "the first under the name of a later": (
+        "run",
+        lambda: os.rename(f"run/{FIRST}", "run/checkpoint-6"),
+        ("checkpoint-6",),
+    ),
+    "a checkpoint of step 10^30": (
+        "run",
+        lambda: shutil.copytree(f"run/{LAST}", f"run/checkpoint-{10**30}"),
+        (str(10**30),),
+    ),
+    "a link to nowhere is the newest": (
+        "run",
+        lambda: os.symlink("nowhere", "run/checkpoint-6"),
+        ("checkpoint-6", LAST),
+    ),
+    "no checkpoint": (
+        "run",
+        lambda: [shutil.rmtree(f"run/{name}") for name in (FIRST, LAST)],
+        ("resume_from_checkpoint",),
+    ),
     "the anchors are gone": ("run", lambda: shutil.rmtree("anchors"), ("anchors",)),
-    "a shard of the anchors is gone": ("run", lambda: os.unlink("anchors/train/shard-00001.parquet"), ("shard-00001.parquet",)),
-    "the data changed": ("run", lambda: Path("rows.jsonl").write_text('{"prompt": "x", "rejected": "y"}\n'), ("anchors",)),
+    "a shard of the anchors is gone": (
+        "run",
+        lambda: os.unlink("anchors/train/shard-00001.parquet"),
+        ("shard-00001.parquet",),
+    ),
+    "the data changed": (
+        "run",
+        lambda: Path("rows.jsonl").write_text('{"prompt": "x", "rejected": "y"}\n'),
+        ("anchors",),
+    ),
     "the model changed": ("run", lambda: shutil.copy("other/model.safetensors", "model"), ("anchors",)),
     "a checkpoint of another run": ("run", _foreign, (LAST,)),
     "the window is gone": ("online", lambda: shutil.rmtree("online/refreshed"), ("refreshed",)),
@@ -379,13 +417,20 @@ def trained_cases(chance: random.Random, good: Path) -> Cases:
     for tensor in some(chance, names, 2):
         for name, change in TENSOR_DAMAGES.items():
             if name != "half the bits of":
-                prepare = partial(_damaged, Path("trained/model.safetensors"), partial(_resave, change, tensor), command)
+                prepare = partial(
+                    _damaged, Path("trained/model.safetensors"), partial(_resave, change, tensor), command
+                )
                 yield Case(kind, f"{name} {tensor}", prepare, ("trained",), needs=("trained",))
     for name, change in {"a layer more": put("num_hidden_layers", value=4), "no kind": drop("model_type")}.items():
         prepare = partial(_damaged, Path("trained/config.json"), partial(_set, change), command)
         yield Case(kind, f"config.json: {name}", prepare, ("trained",), needs=("trained",))
     yield Case(kind, "nothing is wrong", lambda: command, right=fine, needs=("trained",))
-    for name, place in {"a file": "rows.jsonl", "an empty folder": "out", "not there": "./gone", "data": "anchors"}.items():
+    for name, place in {
+        "a file": "rows.jsonl",
+        "an empty folder": "out",
+        "not there": "./gone",
+        "data": "anchors",
+    }.items():
         prepare = partial(_at, command[:-1], place)
         yield Case(kind, name, prepare, (place,), needs=("trained",))
     yield Case(kind, "eval.json is a folder", partial(_blocked, command), ("eval.json",), needs=("trained",))

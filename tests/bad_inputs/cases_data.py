@@ -108,7 +108,7 @@ def cases(chance: random.Random, good: Path) -> Cases:
 
 
 def _row_cases(chance: random.Random) -> Cases:
-    for form, (record, fields) in FORMS.items():
+    for form, (_, fields) in FORMS.items():
         for field in fields:
             faults = some(chance, field_faults(form, field).items(), 4)
             for name, value in [*faults, ("missing", ...)]:
@@ -120,7 +120,9 @@ def _row_cases(chance: random.Random) -> Cases:
                     row = count
                 extension = "jsonl" if chance.random() < 0.7 else "json"
                 prepare = partial(_rows, form, field, value, count, row, extension)
-                yield Case("data", f"{form}, {field}: {name}, row {row} of {count} in .{extension}", prepare, _at(row, field))
+                yield Case(
+                    "data", f"{form}, {field}: {name}, row {row} of {count} in .{extension}", prepare, _at(row, field)
+                )
 
 
 def _at(row: int, field: str) -> tuple[str | tuple[str, ...], ...]:
@@ -175,7 +177,9 @@ def _file_cases(chance: random.Random) -> Cases:
         for name, damage in byte_damages(chance, flips=0).items():
             if extension == "jsonl" and name == "without its last byte":
                 continue  # the last newline
-            yield Case("data", f".{extension}: {name}", partial(_damaged, f"bad.{extension}", damage), (f"bad.{extension}",))
+            yield Case(
+                "data", f".{extension}: {name}", partial(_damaged, f"bad.{extension}", damage), (f"bad.{extension}",)
+            )
 
 
 _ROW = b'{"prompt": "how to open it?", "rejected": " go away"}\n'
@@ -276,7 +280,9 @@ def _parquet_cases(chance: random.Random) -> Cases:
         damage = partial(_flip_parquet, place, bit)
         yield Case("data", f".parquet: bit {bit} flipped at {place:.1%}", damage, ("bad.parquet",), fine, either=True)
     for extension in ("jsonl", "json"):
-        yield Case("data", f"a Parquet file named .{extension}", partial(_named_otherwise, extension), (f"bad.{extension}",))
+        yield Case(
+            "data", f"a Parquet file named .{extension}", partial(_named_otherwise, extension), (f"bad.{extension}",)
+        )
 
 
 def _flip_parquet(place: float, bit: int) -> Call:
@@ -326,7 +332,9 @@ def _place_cases() -> Cases:
         "an unknown home": (lambda: "~nobodyknows/x.jsonl", ("~nobodyknows/x.jsonl",)),
     }
     for name, (make, words) in places.items():
-        yield Case("data", f"dataset_name: {name}", lambda make=make: train(dataset_name=make(), anchors_dir="new"), words)
+        yield Case(
+            "data", f"dataset_name: {name}", lambda make=make: train(dataset_name=make(), anchors_dir="new"), words
+        )
         if name in ("not there", "a folder", "a pipe"):
             prepare = lambda make=make: train(eval_dataset_name=make(), anchors_dir="new")  # noqa: E731
             yield Case("data", f"eval_dataset_name: {name}", prepare, words)
@@ -401,7 +409,9 @@ def _right_cases() -> Cases:
     }
     for name, prepare in rewrites.items():
         yield Case("data", f"the same data: {name}", prepare, right=same)
-    yield Case("data", "a file name with HTML", partial(_renamed, "<img src=x onerror=alert(1)>.jsonl"), (), _card_is_text)
+    yield Case(
+        "data", "a file name with HTML", partial(_renamed, "<img src=x onerror=alert(1)>.jsonl"), (), _card_is_text
+    )
     hostile: dict[str, Callable[[], Call]] = {
         "--dry-run of": lambda: use("bad.jsonl", HOSTILE) and DRY,
         "training on": partial(use, "bad.jsonl", HOSTILE),
@@ -424,9 +434,15 @@ def _right_cases() -> Cases:
 HOSTILE = [{"prompt": f"how \x1b[31mto \x1b]0;t\x07 {i}?", "rejected": " go \x1b[31maway"} for i in range(4)]
 #: texts that are odd: they may be refused by name, or trained on
 ODD: dict[str, list[dict[str, Any]]] = {
-    "a prompt longer than max_length": [{"prompt": "how to? " * 50, "rejected": " go"}, {"prompt": "how?", "rejected": " a"}],
+    "a prompt longer than max_length": [
+        {"prompt": "how to? " * 50, "rejected": " go"},
+        {"prompt": "how?", "rejected": " a"},
+    ],
     "a million letters": [{"prompt": "a" * 10**6, "rejected": "b"}],
-    "special tokens in texts": [{"prompt": "a</s>b<pad>", "rejected": "</s>"}, {"prompt": "<|im_start|>", "rejected": "x"}],
+    "special tokens in texts": [
+        {"prompt": "a</s>b<pad>", "rejected": "</s>"},
+        {"prompt": "<|im_start|>", "rejected": "x"},
+    ],
     "letters that cannot be seen": [{"prompt": "\u202e\ufeff\u0000x", "rejected": "\u200b\u200b"}],
     "letters that no token has": [{"prompt": "𝔘𝔫𝔦", "rejected": "🙂🙂"}, {"prompt": "é", "rejected": "ß"}],
     "anchors that equal the negative": [{"prompt": "how?", "rejected": " a", "anchors": [" a", " a"]}],

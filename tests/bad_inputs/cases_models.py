@@ -1,4 +1,4 @@
-"""Model folders: damaged files, configurations that do not fit the weights, tensors, tokenizers, foreign code, adapters."""
+"""Model folders: damaged files, configurations that do not fit the weights, tokenizers, foreign code, adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from case import Call, Case, Cases, Check, byte_damages, drop, fine, put, same_weights, set_json, some, train
+from case import Call, Case, Cases, Check, byte_damages, drop, fine, put, same_weights, says, set_json, some, train
 from cases_checkpoints import TENSOR_DAMAGES
 
 WEIGHTS, CONFIG = Path("model/model.safetensors"), Path("model/config.json")
@@ -57,9 +57,13 @@ def cases(chance: random.Random, good: Path) -> Cases:
 # --- The configuration -------------------------------------------------------------------------------------------
 
 
-def _config(name: str, change: Callable[[Any], Any], words: Any = NAMES, right: Check | None = None, **options: Any) -> Case:
+def _config(
+    name: str, change: Callable[[Any], Any], words: Any = NAMES, right: Check | None = None, **options: Any
+) -> Case:
     either = right is not None
-    return Case("models", f"config.json: {name}", new(partial(set_json, CONFIG, change), **options), words, right, either)
+    return Case(
+        "models", f"config.json: {name}", new(partial(set_json, CONFIG, change), **options), words, right, either
+    )
 
 
 #: fields of the configuration with values that do not fit the weights, or nothing at all
@@ -112,7 +116,7 @@ def _config_cases(chance: random.Random) -> Cases:
     yield _config("a list", lambda _: [1])
     yield _config("a text", lambda _: "x")
     short = put("max_position_embeddings", value=chance.randint(8, 40))
-    yield _config("a context shorter than max_length", short, ("max_length",))
+    yield _config("a context shorter than max_length", short, ("max_length",), says("max_length"))
 
 
 # --- The tensors -------------------------------------------------------------------------------------------------
@@ -128,7 +132,8 @@ def _tensor_cases(chance: random.Random, good: Path) -> Cases:
             yield Case("models", f"weights: {name} {tensor}", prepare, NAMES, right)
         for name, value in {"inf": float("inf"), "1e38": 1e38}.items():
             prepare = new(partial(_resave, partial(_fill, tensor, value)))
-            yield Case("models", f"weights: {tensor} of {name}", prepare, NAMES)
+            right = fine if name == "1e38" else None  # a norm may follow
+            yield Case("models", f"weights: {tensor} of {name}", prepare, NAMES, right, either=True)
     yield Case("models", "weights: a tensor more", new(partial(_resave, _more)), NAMES)
     yield Case("models", "weights: no tensor", new(partial(_resave, lambda tensors: tensors.clear())), NAMES)
     headers: dict[str, bytes] = {
@@ -201,7 +206,9 @@ def _tokenizer_cases(chance: random.Random) -> Cases:
         "a list": (TOKENIZER, lambda _: []),
     }
     for name, (path, change) in changes.items():
-        yield Case("models", f"tokenizer: {name}", new(partial(set_json, path, change)), (("tokenizer", "model"),))
+        right = fine if name == "an unknown class" else None  # tokenizer.json says all
+        prepare = new(partial(set_json, path, change))
+        yield Case("models", f"tokenizer: {name}", prepare, (("tokenizer", "model"),), right, either=True)
     chat = [{"prompt": [{"role": "user", "content": "hi"}], "rejected": [{"role": "assistant", "content": "no"}]}]
     templates: dict[str, str] = {
         "that is not closed": "{% for m in messages %}{{ m.content }}",
@@ -251,11 +258,11 @@ def _foreign_tokenizer() -> Call:
 
 # --- Code in the folder ------------------------------------------------------------------------------------------
 
-_CODE = "open({place!r}, 'w').write('run')\nfrom transformers import LlamaConfig, LlamaForCausalLM\nclass Mine(LlamaForCausalLM): pass\nclass MineConfig(LlamaConfig): model_type = 'mine'\n"
-
-
-def _not_run(case: Path, good: Path, text: str) -> str | None:
-    return "the folder's code was run" if (case / "pwned").exists() else None
+_CODE = """open({place!r}, 'w').write('run')
+from transformers import LlamaConfig, LlamaForCausalLM
+class Mine(LlamaForCausalLM): pass
+class MineConfig(LlamaConfig): model_type = 'mine'
+"""
 
 
 class _Evil:
@@ -278,7 +285,7 @@ def _code_cases() -> Cases:
             return train(anchors_dir="new")
 
         name = f"code named by {file}, {'yes to all questions' if stdin else 'nothing to read'}"
-        harmless = _not_run if file != "config.json" else None
+        harmless = fine if file != "config.json" else None
         return Case("models", name, prepare, (("trust_remote_code", "code"), *NAMES), harmless, True, stdin=stdin)
 
     for file in ("config.json", "a known kind", "tokenizer_config.json"):
@@ -315,15 +322,18 @@ def _architecture_cases() -> Cases:
             ((*NAMES[0], "Bert"),),
         ),
         "an encoder and a decoder (T5)": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5)), NAMES),
-        "20 learned positions": (
-            lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, n_positions=20)),
+        "8 learned positions": (
+            lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, n_positions=8)),
             (("max_length", "positions"),),
         ),
         "a smaller vocabulary": (
             lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**(gpt2 | {"vocab_size": 100}), n_positions=64)),
             (("tokenizer", "vocab"),),
         ),
-        "no head": (lambda: hf.GPT2Model(hf.GPT2Config(**gpt2, n_positions=64)), NAMES),
+        "an untied model without a head": (
+            lambda: hf.GPT2Model(hf.GPT2Config(**gpt2, n_positions=64, tie_word_embeddings=False)),
+            NAMES,
+        ),
         "a classifier": (lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**gpt2, n_positions=64)), NAMES),
     }
     for name, (make, words) in made.items():
@@ -355,7 +365,9 @@ def _right_cases() -> Cases:
     for name, content in {"garbage": "{", "wrong types": json.dumps(hostile), "a list": "[1]", "empty": ""}.items():
         path = Path("model/generation_config.json")
         words = (("generation_config", *NAMES[0]),)
-        yield Case("models", f"generation_config.json: {name}", new(partial(path.write_text, content)), words, fine, True)
+        yield Case(
+            "models", f"generation_config.json: {name}", new(partial(path.write_text, content)), words, fine, True
+        )
 
 
 def _same(change: Callable[[], Any]) -> Call:

@@ -21,19 +21,30 @@ def cases(chance: random.Random, good: Path) -> Cases:
     """All cases of the kind."""
     same = same_weights("out", "out")
     for name, place in PLACES.items():
-        yield Case(KIND, f"output_dir: {name}", partial(_at, place), ("output_dir",) if len(place) > 60 or "\0" in place else (("output_dir", place),))
+        yield Case(
+            KIND,
+            f"output_dir: {name}",
+            partial(_at, place),
+            ("output_dir",) if len(place) > 60 or "\0" in place else (("output_dir", place),),
+        )
     for name, make in IN_THE_WAY.items():
         yield Case(KIND, f"in output_dir: {name}", partial(_made, make), ("out",))
     for name, make in FINE.items():
         yield Case(KIND, f"in output_dir: {name}", partial(_made, make), right=same)
     for name, make in MINE.items():
         yield Case(KIND, f"in output_dir: {name}", partial(_made, make), ("out",), _still_mine, either=True)
-    yield Case(KIND, "output_dir that cannot be written", partial(_made, lambda: Path("out").chmod(0o555)), ("out",), user=True)
+    yield Case(
+        KIND, "output_dir that cannot be written", partial(_made, lambda: Path("out").chmod(0o555)), ("out",), user=True
+    )
     yield Case(KIND, "a parent that cannot be written", _parent, ("below",), user=True)
     yield Case(KIND, "TMPDIR that cannot be written", _temporary, (("TMPDIR", "/nowhere"),), fine, either=True)
-    yield Case(KIND, "output_dir with ~", partial(train, output_dir="~/d2o-out"), ("output_dir",), _no_tilde, either=True)
+    yield Case(
+        KIND, "output_dir with ~", partial(train, output_dir="~/d2o-out"), ("output_dir",), _no_tilde, either=True
+    )
     yield Case(KIND, "output_dir that is the model", partial(train, output_dir="model"), ("model",))
-    yield Case(KIND, "output_dir that is the data's folder", partial(train, output_dir="."), ("output_dir",), fine, either=True)
+    yield Case(
+        KIND, "output_dir that is the data's folder", partial(train, output_dir="."), ("output_dir",), fine, either=True
+    )
     yield from _disk_cases(chance)
     yield from _memory_cases(chance)
 
@@ -156,12 +167,24 @@ def _full(size: int, arguments: list[str] | None = None, **settings: Any) -> Cal
 
 def _disk_cases(chance: random.Random) -> Cases:
     for size in (chance.randrange(2500, 6000), chance.randrange(10_000, 90_000)):
-        yield Case(KIND, f"{size} bytes of disk while anchors are drawn", partial(_full, 2000 + size % 3000, anchors_dir="new"), (("new", "shard-"),))
+        yield Case(
+            KIND,
+            f"{size} bytes of disk while anchors are drawn",
+            partial(_full, 2000 + size % 3000, anchors_dir="new"),
+            (("new", "shard-"),),
+        )
         yield Case(KIND, f"{size} bytes of disk at the end", partial(_full, 10_000 + size % 90_000), ("out",))
     size = chance.randrange(10_000, 100_000)
-    yield Case(KIND, f"{size} bytes of disk at the first checkpoint", partial(_full, size, save_steps=1), (("out", "checkpoint-1"),))
+    yield Case(
+        KIND,
+        f"{size} bytes of disk at the first checkpoint",
+        partial(_full, size, save_steps=1),
+        (("out", "checkpoint-1"),),
+    )
     size = chance.randrange(150_000, 230_000)
-    yield Case(KIND, f"{size} bytes of disk for the optimizer", partial(_full, size, save_steps=1), (("out", "checkpoint-1"),))
+    yield Case(
+        KIND, f"{size} bytes of disk for the optimizer", partial(_full, size, save_steps=1), (("out", "checkpoint-1"),)
+    )
     yield Case(KIND, "a disk that fills after the first checkpoint", _fills, ("checkpoint-1",))
     size = chance.randrange(10_000, 90_000)
     export = partial(_full, 200, ["anchors", "export", "anchors/train", "out.jsonl"])

@@ -131,13 +131,26 @@ BAD: dict[tuple[Any, ...], list[Any]] = {
 #: the same, where ignoring the value is right too
 IGNORED: dict[tuple[Any, ...], list[Any]] = {
     ("usage",): [5, "x", [], {"prompt_tokens": None}],
-    ("choices", 0, "logprobs"): [5, "x", [], {"token_logprobs": 5}, {"token_logprobs": ["a"]}, {"token_logprobs": [None]}, True],
+    ("choices", 0, "logprobs"): [
+        5,
+        "x",
+        [],
+        {"token_logprobs": 5},
+        {"token_logprobs": ["a"]},
+        {"token_logprobs": [None]},
+        True,
+    ],
     ("choices", 0, "index"): ["x", -1, 10**30],
     ("choices", 0, "token_ids"): [[], None],
     ("id",): [5, None],
     ("choices", 0, "text"): ["", "\x00", "a" * 100_000, "</s>", "\x1b[31mred"],
 }
-WRONG_COUNTS: list[Any] = [{"prompt_tokens": "x"}, {"prompt_tokens": -1}, {"prompt_tokens": 10**9}, {"prompt_tokens": [1]}]
+WRONG_COUNTS: list[Any] = [
+    {"prompt_tokens": "x"},
+    {"prompt_tokens": -1},
+    {"prompt_tokens": 10**9},
+    {"prompt_tokens": [1]},
+]
 
 
 def _changed(place: tuple[Any, ...], value: Any) -> Reply:

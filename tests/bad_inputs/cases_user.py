@@ -12,7 +12,8 @@ import yaml
 
 from case import Call, Case, Cases, Check, fine, train
 
-#: the body of a module -> whether it is fine
+_COUNTS = "n = 0\ndef f(prompt, response):\n    global n\n    n += 1\n"
+#: the bodies of modules that are wrong
 BODIES: dict[str, str] = {
     "that raises": "def f(prompt, response):\n    raise ValueError('mine is broken')\n",
     "that raises without a text": "def f(prompt, response):\n    raise KeyError\n",
@@ -44,17 +45,30 @@ BODIES: dict[str, str] = {
     "of a module that imports nothing known": "import no_such_module_at_all\ndef f(p, r): return 1.0\n",
     "of a module with null bytes": "f = 1\0\n",
     "of an empty module": "",
-    "that fails after some calls": "n = 0\ndef f(p, r):\n    global n\n    n += 1\n    return 1.0 if n < 3 else 1 / 0\n",
-    "that changes its mind": "n = 0\ndef f(p, r):\n    global n\n    n += 1\n    return 1.0 if n < 3 else 'good'\n",
+    "that fails after some calls": f"{_COUNTS}    return 1.0 if n < 3 else 1 / 0\n",
+    "that changes its mind": f"{_COUNTS}    return 1.0 if n < 3 else 'good'\n",
 }
 GOOD: dict[str, str] = {
     "that returns an integer": "def f(prompt, response):\n    return len(response)\n",
-    "that returns a number of numpy": "import numpy\ndef f(prompt, response):\n    return numpy.float32(len(response))\n",
+    "that returns a number of numpy": "import numpy\ndef f(p, r):\n    return numpy.float32(len(r))\n",
     "that prints": "def f(prompt, response):\n    print('hello', flush=True)\n    return 1.0\n",
     "that is an object": "class F:\n    def __call__(self, prompt, response):\n        return 1.0\nf = F()\n",
     "of a method": "class F:\n    def f(self, prompt, response):\n        return 1.0\nf = F().f\n",
 }
-NAMES = ["", ":", "mine", "mine:", ":f", "mine:f:g", "mine.f", "mine.nope:f", "no such module:f", "..mine:f", "mine:f()", "os:path"]
+NAMES = [
+    "",
+    ":",
+    "mine",
+    "mine:",
+    ":f",
+    "mine:f:g",
+    "mine.f",
+    "mine.nope:f",
+    "no such module:f",
+    "..mine:f",
+    "mine:f()",
+    "os:path",
+]
 
 
 def cases(chance: random.Random, good: Path) -> Cases:
@@ -80,9 +94,19 @@ def cases(chance: random.Random, good: Path) -> Cases:
         body = f"def f(prompt, response):\n    return 'a'\nf.labels = {value}\n"
         words = (("labels", "judge"),)
         right = fine if name == "a text" else None
-        yield Case(kind, f"judge with labels that are {name}", partial(_with, body, DOORS["judge"]), words, right, True, late=True)
+        yield Case(
+            kind,
+            f"judge with labels that are {name}",
+            partial(_with, body, DOORS["judge"]),
+            words,
+            right,
+            True,
+            late=True,
+        )
     for event in ("log", "save", "evaluate", "train_end"):
-        error = chance.choice(["ValueError('mine')", "KeyError()", "OSError(28, 'No space')", "RuntimeError('x\\n' * 999)"])
+        error = chance.choice(
+            ["ValueError('mine')", "KeyError()", "OSError(28, 'No space')", "RuntimeError('x\\n' * 999)"]
+        )
         prepare = partial(_callback, event, error)
         yield Case(kind, f"callback that raises {error[:12]} at {event}", prepare, ("callback",), late=True, errors=ANY)
 

@@ -1,9 +1,9 @@
 """The good inputs that the cases damage: a tiny model, data, stores, a run with two checkpoints, and trained models.
 
-    base/        model/, other/ (the same with other weights), rows.jsonl, held_out.jsonl, anchors/, c.yaml, userland.py
-    run/         the files of a run of run.yaml that was killed after its last checkpoint; lora/, online/: the same
-    trained/     the finished model of that run
-    final/NAME/  the weights with which these runs end
+base/        model/, other/ (the same with other weights), rows.jsonl, held_out.jsonl, anchors/, c.yaml, userland.py
+run/         the files of a run of run.yaml that was killed after its last checkpoint; lora/, online/: the same
+trained/     the finished model of that run
+final/NAME/  the weights with which these runs end
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def judge(prompt, response):
 def score(prompt, response):
     return float(len(response))
 '''
-FINISHED = ("README.md", "d2o_config.yaml", "*.safetensors", "config.json", "adapter_config.json", "generation*", "tok*")
+FINISHED = (
+    "README.md",
+    "d2o_config.yaml",
+    "*.safetensors",
+    "config.json",
+    "adapter_config.json",
+    "generation*",
+    "tok*",
+)
 
 
 def make(good: Path) -> None:

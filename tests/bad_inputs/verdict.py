@@ -110,15 +110,21 @@ class Running:
         before = json.loads((self.folder / "before").read_text())
         after = _digests(self.room)
         for name, digest in before.items():
-            if Path(name).name == ".lock" or Path(name).name.startswith(".tmp"):
+            if Path(name).name == ".lock" or name.endswith(".tmp") or "/.tmp" in name:  # of a killed process
                 continue
             if (refused or name.split("/")[0] not in ("out", "run", "lora", "online")) and after.get(name) != digest:
                 return f"{name} was {'changed' if name in after else 'removed'}"
         new = sorted(set(after) - set(before))
+        if "pwned" in new:
+            return "the input's code was run"
         for name in new:
             if name.endswith(".tmp") or any(part.startswith(".tmp") for part in Path(name).parts):
                 return f"{name} was left behind"
-            if refused and not self.case.late and re.fullmatch(r"(out|run|lora|online)/(adapter_)?model\.safetensors", name):
+            if (
+                refused
+                and not self.case.late
+                and re.fullmatch(r"(out|run|lora|online)/(adapter_)?model\.safetensors", name)
+            ):
                 return f"{name} was written, although the run was refused"
         return None
 
@@ -129,7 +135,9 @@ def _child(case: Case, folder: Path) -> None:
     (folder / "stdin").write_text(case.stdin)
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
         os.dup2(os.open(folder / name, flags | os.O_CREAT | os.O_TRUNC * (number > 0)), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     os.chdir(folder / "room")
     sys.path.insert(0, str(folder / "room"))
     outcome = _outcome(case, folder)
