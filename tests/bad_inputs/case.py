@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Call = list[str] | Callable[[], Any]
 Check = Callable[[Path, Path, str], str | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One input.
 
@@ -34,6 +34,8 @@ class Case:
         user: the call runs without root's rights.
         hidden: texts that must not be printed.
         late: the fault can show after the last step, when the model may be saved already.
+        leaves: a file that a refused call must leave in the folder.
+        limits: limits of the system during the call, by the names of ``resource``.
     """
 
     kind: str
@@ -48,6 +50,8 @@ class Case:
     user: bool = False
     hidden: tuple[str, ...] = ()
     late: bool = False
+    leaves: str = ""
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 # --- Calls -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from case import Call, Case, Cases, byte_damages, drop, fine, put, same_weights, set_json, some
+from case import Call, Case, Cases, byte_damages, drop, fine, put, same_weights, says, set_json, some, void
 from d2o_fast.config import having
 
 LAST, FIRST = "checkpoint-4", "checkpoint-2"
@@ -391,6 +391,34 @@ def resumed_cases(chance: random.Random, good: Path) -> Cases:
     for name, value in {"logging_steps": 3, "save_steps": 1, "save_total_limit": 1, "eval_steps": 0}.items():
         right = same_weights("run", "run")
         yield Case(kind, f"{name}: {value}", partial(_other, "run", {name: value}), right=right, needs=("run",))
+
+    for name, (change, settings, word) in DIFFERENCES.items():
+        prepare = partial(_differs, change, settings)
+        yield Case(kind, name, prepare, (word,), says(word), either=True, needs=("run",))
+
+
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+def _version() -> None:
+    torch.__version__ = type(torch.__version__)("9.9.0")
+
+
+#: differences that change bits by rounding, which must be said: (what is done, settings, the word that is said)
+DIFFERENCES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "other micro-batches": (void, {"tokens_per_micro_batch": 30}, "tokens_per_micro_batch"),
+    "checkpointed gradients": (void, {"gradient_checkpointing": True}, "gradient_checkpointing"),
+    "prompts that are not shared": (void, {"shared_prefix": False}, "shared_prefix"),
+    "another attention": (void, {"attn_implementation": "eager"}, "attention"),
+    "another number of threads": (_threads, {}, "threads"),
+    "another version of torch": (_version, {}, "torch"),
+}
+
+
+def _differs(change: Callable[[], Any], settings: dict[str, Any]) -> Call:
+    change()
+    return _other("run", settings)
 
 
 def _other(run: str, settings: dict[str, Any]) -> Call:

@@ -51,6 +51,7 @@ def cases(chance: random.Random, good: Path) -> Cases:
     yield from _tokenizer_cases(chance)
     yield from _code_cases()
     yield from _architecture_cases()
+    yield from _reference_cases(chance)
     yield from _right_cases()
 
 
@@ -345,6 +346,53 @@ def _made(make: Callable[[], Any]) -> None:
     for path in (WEIGHTS, CONFIG, Path("model/generation_config.json")):
         path.unlink()
     model.save_pretrained("model")
+
+
+# --- Other models of a run ---------------------------------------------------------------------------------------
+
+
+def _reference_cases(chance: random.Random) -> Cases:
+    """References and classifiers that are damaged."""
+    for setting in ("ref_model_neg", "ref_model_pos", "anchor_score"):
+        for file in ("model.safetensors", "config.json"):
+            damages = {name: damage for name, damage in byte_damages(chance, flips=0).items() if "zeros" not in name}
+            if file == "config.json":
+                damages = {name: damage for name, damage in damages.items() if not name.startswith("without")}
+            for name, damage in some(chance, damages.items(), 4):
+                prepare = partial(_referred, setting, partial(damage, Path("other", file)))
+                yield Case(
+                    "models", f"{setting}, {file}: {name}", prepare, ((setting, "'other'", "other/", "./other"),)
+                )
+    whole: dict[str, tuple[str, Callable[[], Any]]] = {
+        "a model as a classifier": ("anchor_score", lambda: None),
+        "a classifier of two labels": ("anchor_score", partial(_classifier, num_labels=2)),
+        "a smaller vocabulary": ("ref_model_neg", partial(_reference, vocab_size=80)),
+        "an encoder": ("ref_model_pos", partial(_classifier, num_labels=1)),
+    }
+    for name, (setting, change) in whole.items():
+        yield Case("models", f"{setting} is {name}", partial(_referred, setting, change), ((setting, "./other"),))
+
+
+def _referred(setting: str, change: Callable[[], Any]) -> Call:
+    change()
+    more = {"min_anchor_score": 0.0} if setting == "anchor_score" else {}
+    return train(anchors_dir="new", **{setting: "./other"}, **more)
+
+
+def _classifier(num_labels: int) -> None:
+    import transformers as hf
+
+    config = hf.BertConfig(
+        vocab_size=160, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.num_labels = num_labels
+    hf.BertForSequenceClassification(config).save_pretrained("other")
+
+
+def _reference(vocab_size: int) -> None:
+    from tiny import tiny_model
+
+    tiny_model(vocab_size=vocab_size).save_pretrained("other")
 
 
 # --- Folders that are odd and right ------------------------------------------------------------------------------

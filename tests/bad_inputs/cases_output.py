@@ -108,7 +108,6 @@ IN_THE_WAY: dict[str, Callable[[], Any]] = {
     ".lock is a folder": _folder(".lock"),
     ".lock is a link to nowhere": _link(".lock", "/nowhere/x"),
     ".lock is a link to a file": _linked_lock,
-    "metrics.jsonl is full": _link("metrics.jsonl", "/dev/full"),
     "an older checkpoint": _folder("checkpoint-1"),
     "an adapter": lambda: Path("out/adapter_model.safetensors").touch(),
     "an index of weights": lambda: Path("out/model.safetensors.index.json").touch(),
@@ -153,88 +152,54 @@ def _temporary() -> Call:
 # --- A full disk -------------------------------------------------------------------------------------------------
 
 
-def _limit(name: str, value: int) -> None:
-    limit = getattr(resource, f"RLIMIT_{name}")
-    resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
-
-
-def _full(size: int, arguments: list[str] | None = None, **settings: Any) -> Call:
-    """No file can be larger than ``size``: the answer of the system is as on a full disk."""
-    call = train(**settings)
-    _limit("FSIZE", size)
-    return arguments or call
-
-
 def _disk_cases(chance: random.Random) -> Cases:
-    for size in (chance.randrange(2500, 6000), chance.randrange(10_000, 90_000)):
-        yield Case(
-            KIND,
-            f"{size} bytes of disk while anchors are drawn",
-            partial(_full, 2000 + size % 3000, anchors_dir="new"),
-            (("new", "shard-"),),
-        )
-        yield Case(KIND, f"{size} bytes of disk at the end", partial(_full, 10_000 + size % 90_000), ("out",))
-    size = chance.randrange(10_000, 100_000)
-    yield Case(
-        KIND,
-        f"{size} bytes of disk at the first checkpoint",
-        partial(_full, size, save_steps=1),
-        (("out", "checkpoint-1"),),
-    )
+    """No file can be larger than some bytes: the answer of the system is as on a full disk."""
+
+    def case(name: str, size: int, prepare: Callable[[], Call], word: str, needs: tuple[str, ...] = ()) -> Case:
+        return Case(KIND, f"{size} bytes of disk {name}", prepare, (word,), needs=needs, limits={"FSIZE": size})
+
+    for low, high in ((4000, 6000), (10_000, 90_000)):
+        size = chance.randrange(low, high)
+        yield case("for the anchors", chance.randrange(4000, 6000) + low % 7, partial(train, anchors_dir="new"), "new")
+        yield case("at the end", size, train, "out")
+        yield case("at a checkpoint", size, partial(train, save_steps=1), "checkpoint-1")
+        resumed = ["train", "run.yaml", "--resume_from_checkpoint", "latest"]
+        yield case("when a run is resumed", size, partial(list, resumed), "run", ("run",))
     size = chance.randrange(150_000, 230_000)
-    yield Case(
-        KIND, f"{size} bytes of disk for the optimizer", partial(_full, size, save_steps=1), (("out", "checkpoint-1"),)
-    )
-    yield Case(KIND, "a disk that fills after the first checkpoint", _fills, ("checkpoint-1",))
-    size = chance.randrange(10_000, 90_000)
-    export = partial(_full, 200, ["anchors", "export", "anchors/train", "out.jsonl"])
-    yield Case(KIND, "200 bytes of disk for an export", export, ("out.jsonl",))
-    name = f"{size} bytes of disk when a run is resumed"
-    yield Case(KIND, name, partial(_resumed_full, size), (("run", "checkpoint-4"),), needs=("run",))
-    log = partial(_full, 10_000, None, logging_steps=1, max_steps=200)
-    yield Case(KIND, "10000 bytes of disk for metrics.jsonl", log, ("metrics.jsonl",))
+    yield case("for the optimizer", size, partial(train, save_steps=1), "checkpoint-1")
+    export = ["anchors", "export", "anchors/train", "out.jsonl"]
+    yield case("for an export", chance.randrange(100, 900), partial(list, export), "out.jsonl")
+    yield case("for metrics.jsonl", 9000, partial(train, logging_steps=1, max_steps=200), "metrics.jsonl")
+    for event in ("save", "log"):
+        name = f"a disk that fills after the first {event}"
+        yield Case(KIND, name, partial(_fills, event), ("checkpoint-1",), leaves="out/checkpoint-1/model.safetensors")
 
 
-def _fills() -> Call:
+def _fills(event: str) -> Call:
     from d2o_fast import D2OConfig, D2OTrainer
     from d2o_fast.data.reading import read_rows
 
     train(save_steps=1, max_steps=3)
     config = D2OConfig(**yaml.safe_load(Path("c.yaml").read_text()))
 
-    def callback(run: Any, event: str, metrics: Any) -> None:
-        if event == "save":
-            _limit("FSIZE", 50_000)
+    def callback(run: Any, found: str, metrics: Any) -> None:
+        if found == event and run.state.global_step >= (1 if event == "save" else 2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     return lambda: D2OTrainer("model", config, read_rows("rows.jsonl"), callbacks=[callback]).train()
-
-
-def _resumed_full(size: int) -> Call:
-    _limit("FSIZE", size)
-    return ["train", "run.yaml", "--resume_from_checkpoint", "latest"]
 
 
 # --- Memory and open files ---------------------------------------------------------------------------------------
 
 
-def _memory(more: int, **settings: Any) -> Call:
-    call = train(**settings)
-    data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
-    _limit("DATA", int(data.split()[1]) * 1024 + more)
-    return call
-
-
 def _memory_cases(chance: random.Random) -> Cases:
     for more in (chance.randrange(1, 4), chance.randrange(8, 24)):
-        prepare = partial(_memory, more << 20)
-        yield Case(KIND, f"{more} MiB of memory", prepare, (("memory",),), fine, either=True)
-    large = {"anchors_dir": "new", "num_generations": chance.randrange(20_000, 30_000)}
-    yield Case(KIND, "more anchors than 64 MiB of memory hold", partial(_memory, 64 << 20, **large), ("memory",))
-    for count in (8, 12):
-        prepare = partial(_files, count)
-        yield Case(KIND, f"{count} open files", prepare, (("open files",),), fine, either=True)
-
-
-def _files(count: int) -> Call:
-    _limit("NOFILE", len(os.listdir("/proc/self/fd")) - 8 + count)
-    return train(anchors_dir="new")
+        limits = {"DATA": more << 20}
+        yield Case(KIND, f"{more} MiB of memory", train, ("memory",), fine, either=True, limits=limits)
+    large = partial(train, anchors_dir="new", num_generations=chance.randrange(20_000, 30_000))
+    name = "more anchors than 64 MiB of memory hold"
+    yield Case(KIND, name, large, ("memory",), limits={"DATA": 64 << 20})
+    for count in (3, 8):
+        limits = {"NOFILE": len(os.listdir("/proc/self/fd")) + count}
+        prepare = partial(train, anchors_dir="new")
+        yield Case(KIND, f"{count} more open files", prepare, ("open files",), fine, either=True, limits=limits)

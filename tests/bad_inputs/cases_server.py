@@ -88,7 +88,7 @@ def sampled(url: str, **settings: Any) -> Call:
     for name in ("FIRST_DELAY", "LONGEST_DELAY"):
         if hasattr(server, name):
             setattr(server, name, 0.01)
-    train(server_url=url, anchors_dir="new", server_timeout=3, **settings)
+    train(server_url=url, anchors_dir="new", server_timeout=2, **settings)
     return ["sample", "c.yaml"]
 
 

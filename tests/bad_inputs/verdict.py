@@ -23,7 +23,7 @@ from typing import Any
 from case import Case
 from d2o_fast.errors import D2OError
 
-SECONDS, CPU_SECONDS = 60, 30  #: of a case; most take less than one
+SECONDS, CPU_SECONDS = 40, 25  #: of a case; most take less than one
 MEMORY = 3 << 30  #: bytes of data beyond the parent's
 FILE = 1 << 30  #: bytes of one file
 LINES, LETTERS = 16, 3000  #: the longest clear message
@@ -99,6 +99,8 @@ class Running:
             message = outcome["found"]
             if case.right is not None and not case.either:
                 return "silent", f"refused, though it is right: {message}"
+            if not (self.room / case.leaves).exists():
+                return "left", f"{case.leaves} is not there"
             fault = _unclear(message, case)
             return ("vague", f"{fault}: {message}") if fault else ("clear", message)
         if case.right is None:
@@ -143,6 +145,7 @@ def _child(case: Case, folder: Path) -> None:
     outcome = _outcome(case, folder)
     sys.stdout.flush()
     sys.stderr.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     (folder / "outcome").write_text(json.dumps(outcome))
     os._exit(0)
 
@@ -154,7 +157,7 @@ def _outcome(case: Case, folder: Path) -> dict[str, str]:
         call = case.prepare()
         (folder / "before").write_text(json.dumps(_digests(folder / "room")))
         (folder / "outcome").touch()
-        _limit(case.user, folder)
+        _limit(case, folder)
     except BaseException:
         return {"what": "broken", "found": traceback.format_exc()}
     try:
@@ -174,16 +177,15 @@ def _outcome(case: Case, folder: Path) -> dict[str, str]:
     return {"what": "refused", "found": text.rpartition("error: ")[2] if "error: " in text else text}
 
 
-def _limit(user: bool, folder: Path) -> None:
+def _limit(case: Case, folder: Path) -> None:
     data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
-    most = int(data.split()[1]) * 1024 + MEMORY
-    limits = {"DATA": most, "CPU": CPU_SECONDS, "FSIZE": FILE, "CORE": 0}
+    held = int(data.split()[1]) * 1024
+    limits: dict[str, int] = {"DATA": MEMORY, "CPU": CPU_SECONDS, "FSIZE": FILE, "CORE": 0} | case.limits
+    limits["DATA"] += held
     for name, value in limits.items():
         limit = getattr(resource, f"RLIMIT_{name}")
-        soft, hard = resource.getrlimit(limit)
-        if soft == resource.RLIM_INFINITY:  # else the case has set it
-            resource.setrlimit(limit, (value, hard))
-    if user and os.geteuid() == 0:
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+    if case.user and os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         os.setresuid(NOBODY, NOBODY, NOBODY)
