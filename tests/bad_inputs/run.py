@@ -144,7 +144,8 @@ def main() -> int:
     for result in wrong:
         lines = result.found.strip().splitlines() or [""]
         found = lines[-1 if result.verdict == "broken" else 0][:200]
-        print(f"- {result.case.kind}, {result.case.name}: {result.verdict}: {found}")
+        line = f"- {result.case.kind}, {result.case.name}: {result.verdict}: {found}"
+        print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
     return bool(wrong)
 
 
