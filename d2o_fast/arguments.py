@@ -166,7 +166,7 @@ def _settings_in(data: bytes, name: str) -> Iterator[tuple[str, int, yaml.Node]]
     except RecursionError as error:
         raise D2OError(f"the settings file '{name}' is no list of settings: it is nested too deep") from error
     except yaml.YAMLError as error:
-        raise D2OError(f"the settings file '{name}' is not YAML: {' '.join(str(error).split())}") from error
+        raise D2OError(f"the settings file '{name}' is not YAML: {_told(error)}") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise D2OError(f"the settings file '{name}' must hold lines of the form 'name: value'")
     for key, value in [] if root is None else root.value:
@@ -174,6 +174,14 @@ def _settings_in(data: bytes, name: str) -> Iterator[tuple[str, int, yaml.Node]]
         if not isinstance(key, yaml.ScalarNode):
             raise D2OError(f"{name}, line {line}: the name of a setting must be a word")
         yield key.value, line, value
+
+
+def _told(error: yaml.YAMLError) -> str:
+    """The error and its lines, without the text of these lines, which may hold a password."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    parts = ((error.context, error.context_mark), (error.problem, error.problem_mark))
+    return ", ".join(f"{text} in line {mark.line + 1}" if mark else text for text, mark in parts if text)
 
 
 def _value(node: yaml.Node | None) -> Any:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2o_fast.anchors.filters import REASONS
-from d2o_fast.errors import shortened
+from d2o_fast.errors import shortened, shown
 
 MOST_SHARDS = 10_000_000  #: more are not believed
 #: A log-probability may be above 0 by rounding, and is never as low as LOWEST: nats per token.
@@ -117,7 +117,7 @@ def _fault(record: dict[str, Any], fingerprint: Mapping[str, Any]) -> tuple[str,
             fault = field, f"{logp:g} nats for {tokens} tokens is no log-probability"
     unknown = [reason for reason in record["dropped"] if reason not in REASONS]
     if fault is None and unknown:
-        fault = "dropped", f"{shortened(unknown[0])!r} is none of the reasons {', '.join(REASONS)}"
+        fault = "dropped", f"{shown(unknown[0])} is none of the reasons {', '.join(REASONS)}"
     if fault is None and record["chat"]:
         texts = {"prompt": record["prompt"], "rejected": record["rejected"]}
         given = [] if record["sampled"] else record["anchors"]

@@ -503,9 +503,9 @@ def test_the_commands_take_an_adapter(models: Path, tmp_path: Path, capsys: pyte
     for name, mean in zip(("initial", "trained"), means, strict=True):
         assert report[name]["eval_logps/rejected"] == pytest.approx(mean, rel=1e-5)
 
-    text = f"the initial model with the adapter it came with, for anchors; {models}/pos (weights "
-    assert text in (tmp_path / "run" / "README.md").read_text()
-    assert text in inspect(tmp_path / "run/anchors/train")
+    text = "the initial model with the adapter it came with, for anchors; "
+    assert f"{text}`pos` (weights " in (tmp_path / "run" / "README.md").read_text()
+    assert f"{text}{models}/pos (weights " in inspect(tmp_path / "run/anchors/train")
     snippet = (tmp_path / "run" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
     exec(snippet.replace('folder = "."', f"folder = {str(tmp_path / 'run')!r}"), found)
@@ -559,7 +559,7 @@ def test_references_are_loaded_once_and_gone_before_training(
     run.train()
     assert len(loaded) == 2
     assert alive == [0] * len(alive)
-    assert len(alive) == 4
+    assert len(alive) == 5
     store = tmp_path / "run/anchors/train"
     open_store(run.model, run.tokenizer, run.datasets["train"], args, "new")
     assert len(loaded) == 4

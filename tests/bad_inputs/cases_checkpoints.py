@@ -366,6 +366,7 @@ OTHER: dict[str, Any] = {
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
     "seed": 7,
+    "disable_dropout": False,
     "use_peft": True,
     "max_length": 40,
     "max_completion_length": 5,

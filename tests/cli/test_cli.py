@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -295,10 +296,16 @@ def test_the_systems_refusals_are_lines_and_bugs_are_not(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "anchors").write_text("a file where a folder has to be")
-    _, error = run(capsys, "sample", str(inputs / "config.yaml"), "--output_dir", str(tmp_path / "run"), status=1)
+    _, error = run(capsys, "sample", str(inputs / "config.yaml"), "--output_dir", str(tmp_path / "run"), status=2)
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: d2o sample stopped: {tmp_path / 'run' / 'anchors'}")
-    assert line.endswith("; check this path and start again")
+    assert str(tmp_path / "run" / "anchors") in line
+
+    def refused(command: str, arguments: list[str]) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "somewhere")
+
+    monkeypatch.setattr(cli, "_run", refused)
+    assert main(["doctor"]) == 1
+    assert "d2o doctor stopped: somewhere: Permission denied; " in capsys.readouterr().err
 
     def broken(command: str, arguments: list[str]) -> int:
         raise OSError("no number: a bug")

@@ -390,7 +390,7 @@ def test_control_characters_are_shown_as_escapes() -> None:
     assert printable("a\n\tb", one_line=True) == "a\\n\\tb"
     assert str(D2OError("x\x1b]0;")) == "x\\x1b]0;"
     assert "\x1b" not in str(DataError("s\x1b", 1, "f\x1b", "\x1b", "\x1b"))
-    assert str(refusal("seed", 10**5000, "small")) == "seed is <int>; it must be small"
+    assert str(refusal("seed", 10**5000, "small")) == "seed is an integer of 16610 bits; it must be small"
 
 
 def test_a_dry_run_shows_control_characters_as_escapes() -> None:

@@ -236,7 +236,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 def load(folder: str, **settings: Any) -> Any:
-    config = D2OConfig(folder, **settings)
+    config = D2OConfig(model_name_or_path=folder, **settings)
     load_tokenizer(config)
     model = initial_model(config, folder)
     decoder_of(model)
@@ -304,12 +304,12 @@ def test_a_name_that_is_none(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{% if %}", "is no Jinja template: line 1"), (b"\xff\xfe", "cannot be loaded: .*utf-8")],
+    [(b"{% if %}", "is no Jinja template: line 1"), (b"\xff\xfe", "cannot be read as UTF-8: .*utf-8")],
 )
 def test_a_template_file_is_read_before_the_rows(content: bytes, message: str, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_bytes(content)
     with pytest.raises(D2OError, match=f"chat_template_path '{tmp_path}/t.jinja' {message}"):
-        load_tokenizer(D2OConfig(str(whole), chat_template_path=str(tmp_path / "t.jinja")))
+        load_tokenizer(D2OConfig(model_name_or_path=str(whole), chat_template_path=str(tmp_path / "t.jinja")))
 
 
 # --- Weights of a checkpoint -------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_an_evaluated_model_is_whole(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "model")
     put(UP, one_bad(float("nan")))(folder)
     with pytest.raises(D2OError, match=rf"'{folder}': its weights are not finite"):
-        trained_model(D2OConfig(str(whole)), str(folder))
+        trained_model(D2OConfig(model_name_or_path=str(whole)), str(folder))
 
 
 def test_missing_tensors_are_told_once(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -85,7 +85,7 @@ def test_a_store_that_goes_during_the_run_does_not_cost_the_model(tmp_path: Path
 
 def test_an_output_dir_that_is_a_file_or_a_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(D2OError, match="A file has the name of a folder: choose another"):
+    with pytest.raises(D2OError, match="must be a folder, and this is a file"):
         tiny_run(tmp_path / "file").train()
     tiny_run(tmp_path / "run", output_dir=tmp_path / "run", max_steps=1).train()
     assert (tmp_path / "run" / "README.md").exists()
