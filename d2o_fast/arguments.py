@@ -112,6 +112,8 @@ def parser(command: str) -> Any:
 
 def _flag_value(name: str, text: str) -> Any:
     """``text`` read as YAML; unchanged if the setting takes any text."""
+    if not isinstance(text, str):  # argparse gives [] for "--"
+        raise refusal(name, "--", allowed(name))
     kinds = get_args(KINDS[name]) or (KINDS[name],)
     is_list = text.startswith("[") and text.endswith("]") and list[str] in kinds
     if str in kinds and not is_list and not (text == "null" and NoneType in kinds):

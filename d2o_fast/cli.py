@@ -226,6 +226,8 @@ def _eval(config: D2OConfig, eval_model: str | None) -> int:
     refuse_idle(config, held_out=True)
     load_judge(config)
     folder, path = eval_model or config.output_dir, Path(config.output_dir) / "eval.json"
+    if config.eval_dataset_name is None and not config.eval_fraction:
+        raise D2OError("there is nothing to evaluate on: set eval_dataset_name or eval_fraction")
     is_local = eval_model is None or Path(folder).is_dir()
     if is_local and not any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise D2OError(f"'{folder}' holds no trained model; run `d2o train` first, or name it with --eval_model")

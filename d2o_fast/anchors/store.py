@@ -25,7 +25,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import LazySequence, subset
 from d2o_fast.data.row import Example, Row
 from d2o_fast.data.tokens import tokenized
-from d2o_fast.errors import D2OError, FingerprintError
+from d2o_fast.errors import D2OError, FingerprintError, refusal
 
 Item = TypeVar("Item")
 
@@ -84,6 +84,8 @@ class AnchorStore:
             D2OError: the folder or its manifest is missing, a shard is damaged, or a shard is missing and
                 ``require_complete`` is true.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise refusal("folder", folder, "the path of a folder that `d2o sample` made")
         folder = os.path.expanduser(folder)
         manifest = read_manifest(Path(folder))
         digests = check_shards(Path(folder), manifest)

@@ -193,6 +193,9 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
                         yield row, {**others, **record} if row == 1 else record
     except DataError:
         raise
+    except _CellError as error:
+        found = f"a value that Python cannot hold ({error.__cause__})"
+        raise DataError(path, row + 1, error.args[0], found, "Write it as a text") from error
     except Exception as error:  # a damaged file may raise anything
         found = f"not readable as Parquet ({type(error).__name__}: {_cause(error)})"
         raise DataError(path, row + 1 if row >= 0 else None, None, found, "Write the file again") from error
@@ -201,9 +204,20 @@ def read_parquet(path: str, wanted: set[str]) -> Numbered:
 def _records(batch: Any) -> Iterator[Any]:
     try:
         records = batch.to_pylist()
-    except Exception:  # one by one, so that the fault has its row
-        records = (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
+    except Exception:  # one by one, so that the fault has its row and field
+        records = ({name: _cell(batch, name, i) for name in batch.schema.names} for i in range(batch.num_rows))
     yield from records
+
+
+class _CellError(Exception):
+    """A value that Python cannot hold; the first argument is its field."""
+
+
+def _cell(batch: Any, name: str, i: int) -> Any:
+    try:
+        return batch.column(name)[i].as_py()
+    except Exception as error:
+        raise _CellError(name) from error
 
 
 def _values(array: Any) -> int:

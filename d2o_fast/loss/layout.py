@@ -7,6 +7,7 @@ including, ``cu_groups[g+1]``: the negative first, then its anchors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,8 @@ class ResponseLayout:
         object.__setattr__(self, "cu_seqlens", _host_offsets(cu_seqlens, "cu_seqlens"))
         object.__setattr__(self, "cu_groups", _host_offsets(cu_groups, "cu_groups"))
         object.__setattr__(self, "_cache", {})
+        if self.cu_seqlens[-1] >= 2**31:
+            raise ValueError(f"cu_seqlens: {self.cu_seqlens[-1]} tokens; a batch can hold at most 2**31 - 1")
         for s, (start, end) in enumerate(zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)):
             if end <= start:
                 raise ValueError(
@@ -67,7 +70,7 @@ class ResponseLayout:
         cu_seqlens, cu_groups = [0], [0]
         for group in lengths:
             for length in group:
-                cu_seqlens.append(cu_seqlens[-1] + int(length))
+                cu_seqlens.append(cu_seqlens[-1] + operator.index(length))
             cu_groups.append(cu_groups[-1] + len(group))
         return cls(cu_seqlens, cu_groups, min_anchors=min_anchors)
 

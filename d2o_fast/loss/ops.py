@@ -21,6 +21,7 @@ Memory beyond inputs and returned gradients:
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import os
 from dataclasses import replace
@@ -321,6 +322,8 @@ def _check_prompts(
         raise TypeError(f"layout must be a ResponseLayout, not {type(layout).__name__}")
     if layout.num_tokens != hidden.shape[0]:
         raise ValueError(f"layout describes {layout.num_tokens} tokens, hidden has {hidden.shape[0]}")
+    if not isinstance(ref_logps, torch.Tensor):
+        raise TypeError(f"ref_logps must be a tensor, not {type(ref_logps).__name__}")
     if ref_logps.shape != (layout.num_responses,) or not ref_logps.is_floating_point():
         raise ValueError(
             f"ref_logps must be floating point ({layout.num_responses},), one number per response; "
@@ -332,8 +335,8 @@ def _check_prompts(
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}; it divides the sum over prompts and must be at least 1")
     for name, value in margin._asdict().items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; it must be a finite number")
     if (margin.beta or margin.anchor_weight) and min(layout.num_anchors) == 0:
         g = layout.num_anchors.index(0)
         raise ValueError(f"prompt {g} has no anchors, and the loss weighs them (beta or anchor_weight is not 0)")
@@ -346,6 +349,9 @@ def _workspace(workspace_bytes: int | None, device: torch.device) -> int:
 
 def _check(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> None:
     weight, bias = head.weight, head.bias
+    for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if value is None:
+            raise TypeError(f"{name} must be a tensor, not None")
     _check_plain(hidden=hidden, weight=weight, bias=bias, targets=targets)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
@@ -363,10 +369,11 @@ def _check(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> None:
         raise TypeError(f"targets must be int64 or int32, not {targets.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), one per row of weight; found {tuple(bias.shape)}")
-    if head.softcap is not None and not 0 < head.softcap < math.inf:
-        raise ValueError(f"softcap is {head.softcap}; it must be positive, or None for no cap")
-    if not math.isfinite(head.logit_scale):
-        raise ValueError(f"logit_scale is {head.logit_scale}; it must be a finite number")
+    softcap = head.softcap
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap is {softcap!r}; it must be positive, or None for no cap")
+    if not isinstance(head.logit_scale, numbers.Real) or not math.isfinite(head.logit_scale):
+        raise ValueError(f"logit_scale is {head.logit_scale!r}; it must be a finite number")
     _check_targets(targets, weight.shape[0])
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from d2o_fast.config import D2OConfig
-from d2o_fast.errors import D2OError
+from d2o_fast.errors import D2OError, refusal
 from d2o_fast.model.parts import base_of
 from d2o_fast.model.whole import loading, read_json, refuse_difference, refuse_odd_files, refuse_pickled
 
@@ -139,6 +139,8 @@ def add_adapter(model: Any, config: D2OConfig, peft_config: Any = None) -> Any:
         D2OError: peft is missing; the model has an adapter besides the one to train; the configuration does not fit the
             model; no parameter is trainable.
     """
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise refusal("peft_config", peft_config, "a LoraConfig: learned prompts add tokens of their own")
     adapters = getattr(model, "peft_config", None)
     if adapters is not None:
         if peft_config is not None or config.use_peft:
@@ -166,9 +168,12 @@ def _with_lora(model: PreTrainedModel, config: D2OConfig, peft_config: Any) -> A
             lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
         )
+        what, fix = "LoRA", "Mend lora_r or lora_target_modules"
+    else:
+        what, fix = "peft_config", "Mend its rank or target modules"
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        with loading("LoRA", "Set lora_target_modules", f"does not fit {type(model).__name__}"):
+        with loading(what, fix, f"does not fit {type(model).__name__}"):
             return get_peft_model(model, peft_config)
 
 

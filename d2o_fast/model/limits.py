@@ -66,6 +66,8 @@ def check_positions(model: nn.Module, config: D2OConfig) -> None:
                 f"depend on the prompts beside it. Set max_length to {limit} or less"
             )
     trained = getattr(settings, "max_position_embeddings", None)
+    if isinstance(trained, int) and trained < 1:
+        raise D2OError(f"the configuration of {kind} is damaged: max_position_embeddings is {trained}")
     if parameters and isinstance(trained, int) and config.max_length > trained:
         _say(
             f"max_length is {config.max_length}, but {kind} was made for {trained} positions "

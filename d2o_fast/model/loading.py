@@ -28,6 +28,7 @@ from d2o_fast.model.whole import (
     refuse_not_finite,
     refuse_odd_files,
     refuse_odd_stops,
+    refuse_other_head,
     weight_files,
 )
 
@@ -58,12 +59,15 @@ def load_model(config: D2OConfig, name: str | None = None, setting: str = "model
     what = f"{setting} '{name}'"
     if os.path.isdir(name):
         check_folder(Path(name), what)
-    with loading(what, "Give the folder or the hub name of a causal language model"):
+    under = f"{what} with attn_implementation '{config.attn_implementation}'" if options else what
+    with loading(under, "Give the folder or the hub name of a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **STRICT, **options
         )
         model, info = loaded
     refuse_incomplete(info, what)
+    if os.path.isdir(name):
+        refuse_other_head(model, Path(name), what)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not options and model.config._attn_implementation == "sdpa":
         # sdpa has no softcap. Older versions of transformers run Gemma 2 with it nevertheless, without the cap.

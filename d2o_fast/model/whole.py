@@ -54,6 +54,8 @@ def loading(what: str, fix: str, failed: str = "cannot be loaded") -> Iterator[N
     except (D2OError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of tokenizers is no Exception
+        if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+            raise D2OError(f"{what} {failed}: not enough memory here ({cause(error)})") from error
         if _OWN_CODE in str(error):
             raise D2OError(_own_code(what)) from error
         raise D2OError(f"{what} {failed}: {cause(error)}. {fix}") from error
@@ -246,6 +248,25 @@ def refuse_odd_stops(config: Any, what: str) -> None:
         if not _is_count(i) or i < 0:
             found = shortened(repr(ids))
             raise D2OError(f"{what}: eos_token_id is {found}; it must be a token id, a list of them, or absent")
+
+
+def refuse_other_head(model: Any, folder: Path, what: str) -> None:
+    """Refuses a folder whose configuration ties the head to the embedding while its files hold another head.
+
+    Raises:
+        D2OError: the model would be another one than the one that was saved.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            if name in opened.keys() and not torch.equal(opened.get_tensor(name).float(), head.weight.float()):  # noqa: SIM118
+                raise D2OError(
+                    f"{what}: {CONFIG} says tie_word_embeddings, but {file.name} holds a head '{name}' of its own. Set "
+                    "tie_word_embeddings to false, or copy the folder again from its source"
+                )
 
 
 def refuse_incomplete(info: Any, what: str) -> None:

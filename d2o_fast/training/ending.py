@@ -26,6 +26,7 @@ _ADVICE = (
     ((errno.EACCES, errno.EPERM, errno.EROFS), "The folder cannot be written: mend its rights or choose another. "),
     ((errno.EEXIST, errno.ENOTDIR), "A file has the name of a folder: choose another. "),
 )
+_SYSTEM = re.compile(r"os error (\d+)")  # in the errors of safetensors and tokenizers
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
@@ -104,6 +105,9 @@ def explained(error: BaseException, place: str, safe: str) -> D2OError | None:
             f"{place}: out of memory ({found}). Lower per_device_train_batch_size or tokens_per_micro_batch, or set "
             f"gradient_checkpointing. {safe}"
         )
+    system = _SYSTEM.search(str(error))
+    if system and not isinstance(error, OSError):
+        error = OSError(int(system[1]), os.strerror(int(system[1])))
     if isinstance(error, OSError):
         file = f"'{error.filename}': " if error.filename else ""
         advice = next((text for codes, text in _ADVICE if error.errno in codes), "")

@@ -107,8 +107,11 @@ class MetricLog:
         # NaN is not JSON and is written as null. Only a judge's score can be NaN.
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = f"{json.dumps({'step': step, **record})}\n".encode()
-        self.file.write(line)
-        self.file.flush()
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._size += len(line)
         self._digest.update(line)
         if self.board is not None:
@@ -172,7 +175,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     lines = Path(path).read_bytes().splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and (number > 1 or line[:9] == b'{"step": '[: len(line)]):
             break
         try:
             record = json.loads(line)

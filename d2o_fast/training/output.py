@@ -15,6 +15,7 @@ from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError, shortened
 from d2o_fast.files import TEMPORARY, replace_files
 from d2o_fast.model.loading import quiet_transformers
+from d2o_fast.training.ending import explained
 from d2o_fast.training.model_card import MARK, public_settings
 
 CARD, SETTINGS = "README.md", "d2o_config.yaml"
@@ -53,6 +54,8 @@ def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase, args: D2OConfig, 
         try:
             save_weights(model, tokenizer, temporary, state_dict={})
         except Exception as error:  # many kinds, from the configurations of hundreds of models
+            if (told := explained(error, f"output_dir '{folder}'", "Nothing was drawn or trained")) is not None:
+                raise told from error
             found = shortened(str(error), 400, one_line=True)
             raise D2OError(
                 f"the model could not be saved after training: {type(error).__name__}: {found}. Mend its configuration "

@@ -95,7 +95,7 @@ class D2OTrainer:
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
         refuse_many_processes()
-        _refuse_wrong_objects(args, peft_config, callbacks)
+        _refuse_wrong_objects(args, train_dataset, peft_config, callbacks)
         data = [each for each in (train_dataset, eval_dataset) if each is not None]
         stores = [each.folder for each in data if isinstance(each, AnchorStore)]
         refuse_idle(
@@ -168,7 +168,7 @@ class D2OTrainer:
             logger.warning("%s: stopped %s. %s", stop.name, self.place, ckpt.safe(folder))
             raise
         except Exception as error:
-            told = explained(error, self.place, ckpt.safe(folder))
+            told = explained(error, f"output_dir '{folder}', {self.place}", ckpt.safe(folder))
             if told is None:
                 raise
             raise told from error
@@ -558,9 +558,11 @@ def _name_of(model: Any, args: D2OConfig) -> str:
     return model
 
 
-def _refuse_wrong_objects(args: Any, peft_config: Any, callbacks: Any) -> None:
+def _refuse_wrong_objects(args: Any, train_dataset: Any, peft_config: Any, callbacks: Any) -> None:
     if not isinstance(args, D2OConfig):
         raise refusal("args", args, "a D2OConfig; it has the names of TrainingArguments")
+    if train_dataset is None:
+        raise refusal("train_dataset", None, "the negatives: rows, a datasets.Dataset, or an AnchorStore")
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise refusal("peft_config", peft_config, "a LoraConfig of peft")
     if not isinstance(callbacks, Sequence | None):

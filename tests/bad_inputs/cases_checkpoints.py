@@ -257,17 +257,17 @@ RUN_DAMAGES: dict[str, tuple[str, Callable[[], Any], tuple[str | tuple[str, ...]
     "a line of metrics.jsonl is no JSON": (
         "run",
         _lines(lambda lines: ["{oops\n", *lines]),
-        ("metrics.jsonl", "line 1"),
+        ("metrics.jsonl",),
     ),
     "a line of metrics.jsonl is a list": (
         "run",
         _lines(lambda lines: [*lines[:1], "[1]\n", *lines]),
-        ("metrics.jsonl", "line 2"),
+        ("metrics.jsonl",),
     ),
     "a step of metrics.jsonl is a text": (
         "run",
         _lines(lambda lines: ['{"step": "x"}\n', *lines]),
-        ("metrics.jsonl", "line 1"),
+        ("metrics.jsonl",),
     ),
     "a line of metrics.jsonl is cut": (
         "run",

@@ -104,7 +104,6 @@ IN_THE_WAY: dict[str, Callable[[], Any]] = {
     "config.json is a folder": _folder("config.json"),
     "tokenizer.json is a folder": _folder("tokenizer.json"),
     "model.safetensors is a folder": _folder("model.safetensors"),
-    ".tmp-final is a file": lambda: Path("out/.tmp-final").touch(),
     ".lock is a folder": _folder(".lock"),
     ".lock is a link to nowhere": _link(".lock", "/nowhere/x"),
     ".lock is a link to a file": _linked_lock,
@@ -117,6 +116,7 @@ FINE: dict[str, Callable[[], Any]] = {
     "a file of the user": lambda: Path("out/notes.txt").write_text("mine"),
     "a folder of the user": _folder("plots"),
     "leftovers of a killed writer": _folder(".tmp-final"),
+    "a file by the name of such a leftover": lambda: Path("out/.tmp-final").touch(),
     "half a checkpoint of a killed writer": _folder(".tmp-checkpoint-3"),
 }
 #: files of the user by names that a run also writes
