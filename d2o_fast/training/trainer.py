@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from d2o_fast.anchors.build import open_store
 from d2o_fast.anchors.references import describe_references, reference_names
 from d2o_fast.anchors.store import AnchorStore
-from d2o_fast.checks import world_size
 from d2o_fast.config import D2OConfig, refuse_idle
 from d2o_fast.data.on_disk import subset
-from d2o_fast.data.reading import rows_from
 from d2o_fast.data.row import Example, Row
-from d2o_fast.errors import D2OError, refusal
+from d2o_fast.errors import D2OError
 from d2o_fast.files import locked, replace_files
 from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
@@ -41,6 +38,7 @@ from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training import output, unchanged
 from d2o_fast.training.ending import Signals, Stopped, explained
 from d2o_fast.training.evaluate import evaluate_model, load_judge
+from d2o_fast.training.given import name_of, refuse_many_processes, refuse_wrong_objects, rows_of
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.training.model_card import code, model_card, public_path
 from d2o_fast.training.order import PromptOrder
@@ -95,7 +93,7 @@ class D2OTrainer:
         callbacks: Sequence[Callback] | None = None,
     ) -> None:
         refuse_many_processes()
-        _refuse_wrong_objects(args, train_dataset, peft_config, callbacks)
+        refuse_wrong_objects(args, train_dataset, peft_config, callbacks)
         data = [each for each in (train_dataset, eval_dataset) if each is not None]
         stores = [each.folder for each in data if isinstance(each, AnchorStore)]
         refuse_idle(
@@ -103,7 +101,7 @@ class D2OTrainer:
         )
         load_judge(args)  # a wrong name is known before the first draw
         model = unwrapped(model)
-        self.args = dataclasses.replace(args, model_name_or_path=_name_of(model, args))
+        self.args = dataclasses.replace(args, model_name_or_path=name_of(model, args))
         given = None if processing_class is None else tokenizer_of(processing_class)
         self.tokenizer = load_tokenizer(self.args) if given is None else with_template(given, self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
@@ -114,8 +112,8 @@ class D2OTrainer:
         self.head, self.decoder = head_of(self.model), decoder_of(self.model)
         self.pad = pad_token_id(self.tokenizer)
         self.datasets = {
-            "train": _rows(train_dataset, "train_dataset"),
-            "eval": _rows(eval_dataset, "eval_dataset"),
+            "train": rows_of(train_dataset, "train_dataset"),
+            "eval": rows_of(eval_dataset, "eval_dataset"),
         }
         self.stores: dict[str, AnchorStore] = {}
         self.rows: dict[str, Sequence[Row]] = {}
@@ -547,44 +545,3 @@ class D2OTrainer:
             self._save_checkpoint()
         except Exception as error:
             logger.warning("no checkpoint was written at the end: %s", error)
-
-
-def _name_of(model: Any, args: D2OConfig) -> str:
-    given = args.model_name_or_path
-    if not isinstance(model, str):
-        return given or base_of(model).config._name_or_path
-    if given and os.path.expanduser(model) != given:
-        raise refusal("model_name_or_path", given, f"left out, or the model's name that D2OTrainer is given: {model!r}")
-    return model
-
-
-def _refuse_wrong_objects(args: Any, train_dataset: Any, peft_config: Any, callbacks: Any) -> None:
-    if not isinstance(args, D2OConfig):
-        raise refusal("args", args, "a D2OConfig; it has the names of TrainingArguments")
-    if train_dataset is None:
-        raise refusal("train_dataset", None, "the negatives: rows, a datasets.Dataset, or an AnchorStore")
-    if peft_config is not None and not hasattr(peft_config, "peft_type"):
-        raise refusal("peft_config", peft_config, "a LoraConfig of peft")
-    if not isinstance(callbacks, Sequence | None):
-        raise refusal("callbacks", callbacks, "a list of functions callback(trainer, event, metrics)")
-    for i, callback in enumerate(callbacks or ()):
-        if not callable(callback) or isinstance(callback, type):
-            raise refusal(f"callbacks[{i}]", callback, "a function callback(trainer, event, metrics)")
-
-
-def _rows(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
-    return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)
-
-
-def refuse_many_processes() -> None:
-    """Refuses to run as one of several processes.
-
-    Raises:
-        D2OError: ``torchrun`` or a similar launcher started more than one process.
-    """
-    if world_size() > 1:
-        raise D2OError(
-            f"started as one of {world_size()} processes (WORLD_SIZE), but d2o-fast trains in one process on one "
-            "device for now: each would train a model of its own. Start it without torchrun or with --nproc-per-node "
-            "1, and choose the device with CUDA_VISIBLE_DEVICES"
-        )

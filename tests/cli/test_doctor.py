@@ -15,7 +15,7 @@ from d2o_fast import doctor
 from d2o_fast.cli import main
 from d2o_fast.errors import D2OError
 from d2o_fast.loss.ops import choose_engine
-from d2o_fast.training.trainer import refuse_many_processes
+from d2o_fast.training.given import refuse_many_processes
 
 
 def test_json_holds_versions_devices_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
