@@ -66,7 +66,7 @@ class TrainerState:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in ``output_dir``, oldest first."""
     found = Path(output_dir).glob(f"{PREFIX}*")
-    return sorted((path for path in found if re.fullmatch(rf"{PREFIX}\d{{1,18}}", path.name)), key=step_of)
+    return sorted((path for path in found if re.fullmatch(rf"{PREFIX}\d+", path.name)), key=step_of)
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | bool | None) -> Path | None:
@@ -141,7 +141,10 @@ def fault_of(path: Path) -> str | None:
     if not (path / SUMS).is_file():
         return _fault_without_sums(path)
     try:
-        lines = (path / SUMS).read_text().splitlines()
+        text = (path / SUMS).read_text()
+        if not text.endswith("\n"):
+            return f"{SUMS} is cut"
+        lines = text.splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
         return f"{SUMS} cannot be read ({error})"

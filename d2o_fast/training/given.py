@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from d2o_fast.anchors.store import AnchorStore
@@ -51,6 +52,15 @@ def refuse_wrong_objects(args: Any, train_dataset: Any, peft_config: Any, callba
 def rows_of(data: Any, name: str) -> AnchorStore | Sequence[Row] | None:
     """The rows of a data set in any of its forms; a store as it is."""
     return data if data is None or isinstance(data, AnchorStore) else rows_from(data, name)
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts ``what`` before the message of every D2OError inside."""
+    try:
+        yield
+    except D2OError as error:
+        raise D2OError(f"{what}: {error}") from error
 
 
 def refuse_many_processes() -> None:

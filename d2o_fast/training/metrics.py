@@ -5,6 +5,7 @@ The names are TRL's. Shapes: S responses, G prompts, K anchors of one prompt.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -136,7 +137,8 @@ class MetricLog:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written was an error then
+            self.file.close()
         self.bar.close()
         if self.board is not None:
             self.board.close()

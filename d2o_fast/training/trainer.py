@@ -38,7 +38,7 @@ from d2o_fast.training import checkpoint as ckpt
 from d2o_fast.training import output, unchanged
 from d2o_fast.training.ending import Signals, Stopped, explained
 from d2o_fast.training.evaluate import evaluate_model, load_judge
-from d2o_fast.training.given import name_of, refuse_many_processes, refuse_wrong_objects, rows_of
+from d2o_fast.training.given import about, name_of, refuse_many_processes, refuse_wrong_objects, rows_of
 from d2o_fast.training.metrics import MetricLog, PromptMeans, TokenRate
 from d2o_fast.training.model_card import code, model_card, public_path
 from d2o_fast.training.order import PromptOrder
@@ -106,10 +106,12 @@ class D2OTrainer:
         self.tokenizer = load_tokenizer(self.args) if given is None else with_template(given, self.args)
         self.model = add_adapter(initial_model(self.args, model), self.args, peft_config)
         apply_dropout_setting(self.model, self.args)
-        check_positions(self.model, self.args)
-        leave_balancing_out(self.model)
         self.device = self.model.device
-        self.head, self.decoder = head_of(self.model), decoder_of(self.model)
+        name = self.args.model_name_or_path
+        with about(f"the model '{name}'" if name else "the model"):
+            check_positions(self.model, self.args)
+            leave_balancing_out(self.model)
+            self.head, self.decoder = head_of(self.model), decoder_of(self.model)
         self.pad = pad_token_id(self.tokenizer)
         self.datasets = {
             "train": rows_of(train_dataset, "train_dataset"),

@@ -21,7 +21,7 @@ from cases_checkpoints import TENSOR_DAMAGES
 
 WEIGHTS, CONFIG = Path("model/model.safetensors"), Path("model/config.json")
 TOKENIZER, TOKENIZER_CONFIG = Path("model/tokenizer.json"), Path("model/tokenizer_config.json")
-NAMES = (("model_name_or_path", "'model'", "model/"),)
+NAMES = (("model_name_or_path", "'model'", "model/", "LlamaForCausalLM"),)
 
 
 def new(change: Callable[[], Any], **settings: Any) -> Callable[[], Call]:

@@ -156,7 +156,8 @@ def _disk_cases(chance: random.Random) -> Cases:
     """No file can be larger than some bytes: the answer of the system is as on a full disk."""
 
     def case(name: str, size: int, prepare: Callable[[], Call], word: str, needs: tuple[str, ...] = ()) -> Case:
-        return Case(KIND, f"{size} bytes of disk {name}", prepare, (word,), needs=needs, limits={"FSIZE": size})
+        words, limits = ((word, "output_dir"),), {"FSIZE": size}
+        return Case(KIND, f"{size} bytes of disk {name}", prepare, words, needs=needs, limits=limits, late=bool(needs))
 
     for low, high in ((4000, 6000), (10_000, 90_000)):
         size = chance.randrange(low, high)

@@ -20,7 +20,8 @@ def cases(chance: random.Random, good: Path) -> Cases:
     """All cases of the kind."""
     for argument, values in TRAINER.items():
         for name, make in values.items():
-            yield Case(KIND, f"D2OTrainer: {argument} is {name}", partial(_trainer, argument, make), (argument,))
+            words = (("processing_class", "tokenizer"),) if argument == "processing_class" else (argument,)
+            yield Case(KIND, f"D2OTrainer: {argument} is {name}", partial(_trainer, argument, make), words)
     for name, make in SAME.items():
         yield Case(
             KIND, f"D2OTrainer: {name}", partial(_trainer, *make), (make[0],), fine, either=name.startswith("rows")

@@ -112,6 +112,8 @@ class Running:
         before = json.loads((self.folder / "before").read_text())
         after = _digests(self.room)
         for name, digest in before.items():
+            if self.case.late and Path(name).name == "metrics.jsonl":
+                continue
             if Path(name).name == ".lock" or name.endswith(".tmp") or "/.tmp" in name:  # of a killed process
                 continue
             if (refused or name.split("/")[0] not in ("out", "run", "lora", "online")) and after.get(name) != digest:
@@ -174,7 +176,7 @@ def _outcome(case: Case, folder: Path) -> dict[str, str]:
         return {"what": "returned", "found": ""}
     sys.stderr.flush()
     text = (folder / "stderr").read_text("utf-8", "replace")
-    return {"what": "refused", "found": text.rpartition("error: ")[2] if "error: " in text else text}
+    return {"what": "refused", "found": ("\n" + text.replace("\r", "\n")).partition("\nerror: ")[2] or text}
 
 
 def _limit(case: Case, folder: Path) -> None:
