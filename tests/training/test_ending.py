@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +153,19 @@ def test_a_second_signal_kills_at_once() -> None:
 def test_the_command_ends_in_one_line(name: str, whole: Path, tmp_path: Path) -> None:
     command = save_tiny_run(tmp_path)
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "d2o_fast.cli", *command, "--max_steps", "100000"], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for _ in process.stderr:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 3:
-            break
-        if process.poll() is not None:
-            break
+    arguments = [sys.executable, "-m", "d2o_fast.cli", *command, "--max_steps", "100000"]
+    with open(tmp_path / "stderr", "w") as file:
+        process = subprocess.Popen(arguments, stderr=file)
+    log, deadline = out / "metrics.jsonl", time.monotonic() + DEADLINE
+    while not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    rest = process.communicate(timeout=DEADLINE)[1]
-    assert process.returncode == 128 + getattr(signal, name), rest
-    assert f"{name}: stopped after step " in rest
-    assert "Traceback" not in rest
+    code, said = process.wait(DEADLINE), (tmp_path / "stderr").read_text()
+    assert code == 128 + getattr(signal, name), said
+    assert f"{name}: stopped after step " in said
+    assert "Traceback" not in said
     assert names(out)
 
 
