@@ -6,6 +6,7 @@ imported, Triton whether to interpret while the kernels are being defined.
 
 import logging
 import os
+import signal
 
 # The number of threads decides the order of sums, and processes are compared by their bits.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+for name in ("SIGINT", "SIGHUP", "SIGTERM"):  # a shell's background jobs and nohup ignore some of them
+    if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 SLOW = {"served", "demo", "after_the_demo"}  #: fixtures that start a real server or run the demo
 
