@@ -152,7 +152,11 @@ def fault_of(path: Path) -> str | None:
         file = path / name
         if not file.is_file() or file.is_symlink():
             return f"{name} is missing or no file"
-        if name not in sums or _sha256(file) != sums[name]:
+        try:
+            same = name in sums and _sha256(file) == sums[name]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} is not the file that was written (its SHA-256 differs from {SUMS})"
     found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
     unknown = sorted(name for name in found - {SUMS, *sums} if not name.startswith("."))
@@ -257,6 +261,12 @@ def load_state(path: Path) -> TrainerState:
         if not _is_a(getattr(state, name), kind):
             found = shortened(repr(getattr(state, name)), 60, one_line=True)
             raise D2OError(f"{file}: {name} is {found}, which no run writes; give the checkpoint its file back")
+    position = state.log and {name: type(value) for name, value in state.log.items()}
+    if not {"max_steps", "num_train_epochs"} <= set(state.config) or position not in (
+        {},
+        {"bytes": int, "sha256": str},
+    ):
+        raise D2OError(f"{file}: config or log is not complete; give the checkpoint its file back")
     if state.version > VERSION:
         raise D2OError(f"{file}: version {state.version} is newer than this d2o-fast reads ({VERSION}); update it")
     if state.global_step != step_of(path) or state.num_tokens < 0:
@@ -284,6 +294,8 @@ def load_tensors(path: Path, optimizer: torch.optim.Optimizer) -> torch.Tensor:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with _named_file(path / "optimizer.pt"):
         found = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if not found["state"]:
+            raise ValueError("it holds no moments, and a step was made")
         for i, moments in found["state"].items():
             shapes = {tuple(moments[name].shape) for name in ("exp_avg", "exp_avg_sq")}
             if shapes != {tuple(parameters[i].shape)}:
@@ -294,7 +306,7 @@ def load_tensors(path: Path, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         torch.set_rng_state(extra.pop("cpu"))
         cuda = extra.pop("cuda")
         if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])  # a machine may have fewer
         sums = torch.cat([extra["sums"], torch.tensor([extra["num_prompts"]], dtype=torch.float64)])
     return sums
 

@@ -85,7 +85,8 @@ class Signals:
         if self._at_once:
             raise Stopped(number)
         # Not the logger, whose lock the interrupted code may hold.
-        os.write(2, f"\n{signal.Signals(number).name}: the step under way is finished first\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone: that is a cause of SIGHUP
+            os.write(2, f"\n{signal.Signals(number).name}: the step under way is finished first\n".encode())
 
 
 def explained(error: BaseException, place: str, safe: str) -> D2OError | None:

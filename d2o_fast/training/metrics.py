@@ -65,8 +65,8 @@ class PromptMeans:
         self.sums[-1] += layout.num_prompts
 
     def read(self) -> dict[str, float]:
-        """The means of all batches since the last ``reset``."""
-        return dict(zip(NAMES, (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist(), strict=True))
+        """The means of all batches since the last ``reset``; NaN if there was none."""
+        return dict(zip(NAMES, (self.sums[:-1] / self.sums[-1]).tolist(), strict=True))
 
     def reset(self) -> None:
         self.sums.zero_()
@@ -88,6 +88,8 @@ class MetricLog:
         self, config: D2OConfig, start_step: int, num_steps: int, position: Mapping[str, Any] | None = None
     ) -> None:
         self.path = Path(config.output_dir) / "metrics.jsonl"
+        if self.path.exists() and not self.path.is_file():
+            raise D2OError(f"{self.path} is not a regular file; remove it")
         if position:
             _cut(self.path, position)
         else:
@@ -105,7 +107,7 @@ class MetricLog:
         self.bar = tqdm(total=num_steps, initial=start_step, desc="train", unit="step", mininterval=interval)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        # NaN is not JSON and is written as null. Only a judge's score can be NaN.
+        # NaN is not JSON and is written as null: of steps that were left out, or of an evaluation that overflows.
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = f"{json.dumps({'step': step, **record})}\n".encode()
         try:
@@ -136,10 +138,15 @@ class MetricLog:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def tick(self) -> None:
+        """Moves the bar by a step. A run goes on where nobody reads its bar any more."""
+        with contextlib.suppress(OSError):
+            self.bar.update()
+
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a line that could not be written was an error then
-            self.file.close()
-        self.bar.close()
+        for file in (self.file, self.bar):
+            with contextlib.suppress(OSError):  # a line that could not be written was an error then
+                file.close()
         if self.board is not None:
             self.board.close()
 

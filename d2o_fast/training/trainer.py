@@ -26,7 +26,7 @@ from d2o_fast.config import D2OConfig, refuse_idle
 from d2o_fast.data.on_disk import subset
 from d2o_fast.data.row import Example, Row
 from d2o_fast.errors import D2OError
-from d2o_fast.files import locked, replace_files
+from d2o_fast.files import locked, make_folder, replace_files
 from d2o_fast.forward.batch import step_batches
 from d2o_fast.forward.sharing import Sharing, choose_sharing
 from d2o_fast.model.adapters import add_adapter
@@ -138,7 +138,8 @@ class D2OTrainer:
         self.bad_step: torch.Tensor  #: scalar: the first step whose loss or gradient is not finite, or -1
         self.bad_steps: torch.Tensor  #: scalar: the number of such steps
         self.good: Progress | None = None  #: the state of the weights as they are; None while a step changes them
-        self.card_data: dict[str, str]  #: the data in words, read from the stores before the first step
+        self.changed = False  #: whether a step changed the weights
+        self.card_data: dict[str, str] = {}  #: the data in words, read from the stores before the first step
 
     # --- Training --------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,13 @@ class D2OTrainer:
         return TrainResult(self.state.global_step, self.state.metrics)
 
     def _train(self, path: Path | None) -> None:
+        if path is None and self.changed:
+            raise D2OError(
+                "train: an earlier call has changed this trainer's model, so the run would not start from the initial "
+                "one. Make a new D2OTrainer, or resume from a checkpoint"
+            )
         output.try_saving(self.model, self.tokenizer, self.args, fresh=path is None)
+        self.state, self.window = ckpt.TrainerState(version=ckpt.VERSION, config=dataclasses.asdict(self.args)), None
         if path is not None:
             self.state = ckpt.load_state(path)
             unchanged.check_unchanged(path, self.state, self.args)
@@ -204,7 +211,8 @@ class D2OTrainer:
         self.bad_step = torch.full((), -1, device=self.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.model, args)
-        trained, environment = unchanged.describe_trained(self.model), unchanged.environment(args, self.device)
+        self.optimizer.zero_grad()  # of an earlier call that failed in a step
+        trained, environment = unchanged.describe_trained(self.model), unchanged.environment(self.model, args)
         if path is not None:
             unchanged.check_trained(path, state, trained)
             unchanged.warn_of_rounding(path, state.environment, environment)
@@ -241,6 +249,7 @@ class D2OTrainer:
             self.signals.check()
             self._refresh(rate)
             grad_norm, lr, tokens = self._step()
+            self._note_progress()
             rate.tokens += tokens
             self._after_step(grad_norm, lr, rate)
         self.place = f"after the last step, {last}"
@@ -289,9 +298,9 @@ class D2OTrainer:
         # max_grad_norm = 0 means no clipping; the norm is still reported.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm or math.inf)
         bad = ~(finite & grad_norm.isfinite())
+        self.good, self.changed = None, True
         self.bad_step = torch.where((self.bad_step < 0) & bad, state.global_step, self.bad_step)
         self.bad_steps += bad
-        self.good = None
         if args.on_bad_step == "skip":
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # AdamW then leaves weights and moments, without a host sync
             self.means.sums = torch.where(bad, sums, self.means.sums)
@@ -334,7 +343,7 @@ class D2OTrainer:
             if evaluate:
                 self._evaluate_and_log()
             rate.go()
-        self.log.bar.update()
+        self.log.tick()
 
     def _refuse_bad_steps(self) -> None:
         """Raises D2OError if a step was not finite, or too many were skipped. Waits for the device.
@@ -461,6 +470,7 @@ class D2OTrainer:
             metrics, samples = self._evaluate()
         metrics |= {"epoch": self.state.epoch}
         self._write(metrics)
+        self.watch.evaluation(self.state.global_step, metrics)
         self.watch.responses(self.state.global_step, samples)
         self.state.evaluated = self.state.global_step
         self._note_progress()
@@ -479,17 +489,18 @@ class D2OTrainer:
     def save_model(self, folder: str | Path) -> None:
         """Writes weights in fp32 (only the adapter of a PeftModel) and tokenizer, then model card and settings.
 
-        Every file is written elsewhere first, then moved into place whole.
+        Every file is written elsewhere first, then moved into place whole. Before ``train`` there is no card.
 
         Raises:
-            D2OError: a weight is not finite.
+            D2OError: a weight is not finite; the folder cannot be written.
         """
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._refuse_non_finite("the trained model")
         with replace_files(folder) as temporary:
             output.save_weights(self.model, self.tokenizer, temporary)
-        self._save_card(folder)
+        if self.card_data:
+            self._save_card(folder)
 
     def _save_card(self, folder: Path) -> None:
         ran = self.loss_path or "not run", self.sharing.text
@@ -524,6 +535,7 @@ class D2OTrainer:
             return
         self.good = None  # a failure here is not saved either
         self._refuse_bad_steps()
+        good.state.bad_steps = self.state.bad_steps
         self._refuse_non_finite(f"after step {step}")
         output.require_space(self.model, out)
         self.log.sync()
@@ -546,4 +558,5 @@ class D2OTrainer:
         try:
             self._save_checkpoint()
         except Exception as error:
-            logger.warning("no checkpoint was written at the end: %s", error)
+            saved = self.good is not None and "a checkpoint was written, then a callback failed"
+            logger.warning("%s at the end: %s", saved or "no checkpoint was written", error)

@@ -18,6 +18,7 @@ from d2o_fast.config import D2OConfig, having
 from d2o_fast.config import fixed as fixed_settings
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.sharing import Sharing
+from d2o_fast.model.parts import base_of
 from d2o_fast.training.checkpoint import TrainerState
 
 logger = logging.getLogger("d2o_fast")
@@ -92,8 +93,9 @@ def _refuse_changed(path: Path, kind: str, pairs: Mapping[str, tuple[Any, Any]])
         raise D2OError(f"{path} cannot be continued under {kind}:\n{lines}\nSet these back, or start anew")
 
 
-def environment(config: D2OConfig, device: torch.device) -> dict[str, Any]:
+def environment(model: Any, config: D2OConfig) -> dict[str, Any]:
     """Software, device and settings that decide the roundings of a run."""
+    device: torch.device = model.device
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -103,6 +105,9 @@ def environment(config: D2OConfig, device: torch.device) -> dict[str, Any]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "AMX": torch.cpu._is_amx_tile_supported(),
+        "attention": base_of(model).config._attn_implementation,
+        "fp32 products": torch.backends.cuda.matmul.fp32_precision,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         **{name: getattr(config, name) for name in having("rounds")},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class Watch:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Looks at the training metrics of one log line."""
         rewards = metrics["rewards/chosen"], metrics["rewards/rejected"]
+        if not all(map(math.isfinite, rewards)):  # every step was left out
+            return
         before, keep = self.smooth or rewards, 0.9
         self.smooth = keep * before[0] + (1 - keep) * rewards[0], keep * before[1] + (1 - keep) * rewards[1]
         falls = self.smooth[0] < before[0] and self.smooth[1] < before[1]
@@ -53,6 +56,14 @@ class Watch:
                 "model is far from where it began",
             )
 
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Looks at the metrics of an evaluation."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            self._say(
+                "evaluation", f"step {step}: the evaluation's {', '.join(bad)} is not finite, with finite weights"
+            )
+
     def responses(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Looks at the responses that a judge saw at an evaluation."""
         texts = [str(sample["response"]).strip() for sample in samples]
@@ -62,7 +73,7 @@ class Watch:
         shares = {
             "are empty": sum(not text for text in texts) / len(texts),
             "repeat themselves": sum(map(_repeats, texts)) / len(texts),
-            "are the same text": 1 - len(set(texts)) / len(texts) if prompts == len(texts) else 0.0,
+            "are the same text": 1 - len(set(texts)) / prompts,  # draws for one prompt may be equal
         }
         kind, share = max(shares.items(), key=lambda item: item[1])
         if share > SHARE:
