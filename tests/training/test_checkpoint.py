@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from d2o_fast.anchors.build import open_store
 from d2o_fast.data.reading import rows_from
 from d2o_fast.errors import D2OError, FingerprintError
 from d2o_fast.training import checkpoint as ckpt
-from d2o_fast.training.metrics import read_log
+from d2o_fast.training.metrics import MetricLog, read_log
 from stops import Stop, killed, sign, stop_at
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
@@ -389,6 +390,8 @@ def test_sha256sum_verifies_a_checkpoint(never_killed: Path) -> None:
         ({"metrics": {"loss": "low"}}, "metrics is"),
         ({"shared": "yes"}, "shared is 'yes'"),
         ({"version": 3}, r"version 3 is newer than this d2o-fast reads \(2\)"),
+        ({"config": {}}, "config or log is not complete"),
+        ({"log": {"bytes": "x", "sha256": "y"}}, "config or log is not complete"),
         ({"colour": 1}, "unexpected keyword argument 'colour'"),
     ],
     ids=str,
@@ -413,7 +416,12 @@ def test_a_state_that_is_no_state(used: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_tensors_of_something_else_are_named(inputs: Path, used: Path, name: str) -> None:
     file = used / "checkpoint-24" / name
-    for content in ({"state": {0: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}}, [1], {}):
+    for content in (
+        {"state": {0: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}},
+        [1],
+        {},
+        {"state": {}, "param_groups": []},
+    ):
         torch.save(content, file)
         sign(file.parent)
         with pytest.raises(D2OError, match=rf"{name} cannot be used: .*Resume from another checkpoint"):
@@ -445,3 +453,22 @@ def test_a_log_that_was_moved_away_begins_again(inputs: Path, used: Path, caplog
     (used / "metrics.jsonl").unlink()
     trainer(inputs, used).train("latest")
     assert "metrics.jsonl is gone: the log begins with the next step" in caplog.text
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(D2OError, match=r"metrics\.jsonl is not a regular file; remove it"):
+        MetricLog(D2OConfig(output_dir=str(tmp_path)), 0, 1)
+
+
+def test_a_file_that_the_disk_does_not_give_is_damaged(used: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = ckpt._sha256
+
+    def unreadable(file: Path) -> str:
+        if file.parent.name == "checkpoint-24" and file.name == "optimizer.pt":
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return digest(file)
+
+    monkeypatch.setattr(ckpt, "_sha256", unreadable)
+    with pytest.raises(D2OError, match=r"optimizer\.pt cannot be read \(Input/output error\).*checkpoint-22"):
+        ckpt.find_checkpoint(used, "latest")

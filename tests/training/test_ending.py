@@ -38,7 +38,8 @@ def assert_same(found: Path, expected: Path) -> None:
     assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     logs = [read_log(folder / "metrics.jsonl") for folder in (found, expected)]
     for record in (*logs[0], *logs[1]):
-        record.pop("tokens_per_second", None)
+        for name in ("tokens_per_second", "refresh/seconds"):
+            record.pop(name, None)
     assert logs[0] == logs[1]
 
 
@@ -288,12 +289,130 @@ def test_another_place_is_said_once(whole: Path, tmp_path: Path, caplog: pytest.
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoint-8")
     shutil.copytree(whole.parent / "anchors", tmp_path / "anchors")
-    threads = torch.get_num_threads()
+    threads, products = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
     try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.set_num_threads(threads + 1)
         tiny_run(out, tokens_per_micro_batch=50).train("latest")
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.fp32_precision = products
     (said,) = [record.getMessage() for record in caplog.records if "goes on elsewhere" in record.getMessage()]
-    assert f"threads was {threads} and is {threads + 1}, tokens_per_micro_batch was None and is 50" in said
+    assert f"threads was {threads} and is {threads + 1}," in said
+    assert f"fp32 products was '{products}' and is 'tf32'" in said
+    assert "tokens_per_micro_batch was None and is 50" in said
     assert "agree with an unbroken run to rounding, not in bits" in said
+
+
+# --- One trainer, several calls --------------------------------------------------------------------------------------
+
+
+def test_a_second_call_starts_from_the_initial_state_or_not_at_all(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the step that failed are gone; weights that a step changed are no start."""
+    out, original, calls = tmp_path / "run", trainer_module.batch_loss, list[int]()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
+        return original(*args, **options)
+
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    tiny_run(tmp_path / "expected", **settings).train()
+    run = tiny_run(out, **settings)
+    monkeypatch.setattr(trainer_module, "batch_loss", failing)
+    with pytest.raises(D2OError, match="out of memory"):
+        run.train()
+    monkeypatch.undo()
+    run.train()
+    assert_same(out, tmp_path / "expected")
+    run.args.output_dir = str(tmp_path / "third")
+    with pytest.raises(D2OError, match=r"an earlier call has changed this trainer's model.*Make a new D2OTrainer"):
+        run.train()
+
+
+def test_a_second_call_takes_no_window_over(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"refresh_every": 3, "save_steps": 2, "eval_steps": 0}
+    tiny_run(tmp_path / "expected", **settings).train()
+    run = tiny_run(tmp_path / "run", callbacks=[stop_at(5)], **settings)
+    with pytest.raises(Stop):
+        run.train()
+    for path in checkpoints(tmp_path / "run")[1:]:  # 2 is before the window of 5
+        shutil.rmtree(path)
+    run.callbacks.clear()
+    run.train("latest")
+    assert_same(tmp_path / "run", tmp_path / "expected")
+
+
+def test_a_model_is_saved_before_it_is_trained_too(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run")
+    run.save_model(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "model" / "README.md").exists()  # nothing to tell
+    (tmp_path / "file").write_text("")
+    with pytest.raises(D2OError, match="file cannot be written: File exists"):
+        run.save_model(tmp_path / "file")
+
+
+# --- Nobody reads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_costs_nothing(tmp_path: Path) -> None:
+    """It sends SIGHUP, and every write to it fails: of the bar, of the log, of the signal's own line."""
+    out, (reader, writer) = tmp_path / "run", os.pipe()
+    command = [sys.executable, "-m", "d2o_fast.cli", *save_tiny_run(tmp_path), "--max_steps", "100000"]
+    process = subprocess.Popen([*command, "--save_steps", "100000"], stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        os.read(reader, 1 << 16)
+    os.close(reader)
+    before = log.read_text().count("\n")
+    while process.poll() is None and log.read_text().count("\n") < before + 20:
+        pass
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(DEADLINE) == 128 + signal.SIGHUP
+    assert names(out)
+
+
+def test_a_signal_whose_line_cannot_be_written_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(descriptor: int, text: bytes) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Signals() as signals:
+        monkeypatch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGHUP)
+        monkeypatch.undo()
+        assert signals.number == signal.SIGHUP
+
+
+def test_a_line_that_cannot_be_written_costs_no_step(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = tiny_run(out, save_steps=100)
+    write = run._write
+
+    def full(metrics: dict[str, float], step: int | None = None) -> None:
+        if run.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+        write(metrics, step)
+
+    run._write = full  # type: ignore[method-assign]
+    with pytest.raises(D2OError, match=r"No space left on device\. Free space\. .*checkpoint-4 is saved"):
+        run.train()
+    tiny_run(out, save_steps=100).train("auto")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_save_callback_that_fails_at_the_end_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def upload(run: D2OTrainer, event: str, metrics: dict[str, float]) -> None:
+        if event == "save":
+            raise ValueError("no network")
+
+    with pytest.raises(Stopped):
+        tiny_run(tmp_path / "run", callbacks=[raised(signal.SIGTERM, "log", 2), upload]).train()
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert "a checkpoint was written, then a callback failed at the end: no network" in caplog.text

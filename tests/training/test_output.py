@@ -12,7 +12,7 @@ import yaml
 
 from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.errors import D2OError
-from d2o_fast.training.checkpoint import checkpoints
+from d2o_fast.training.checkpoint import checkpoints, load_state
 from d2o_fast.training.metrics import read_log
 from d2o_fast.training.model_card import code, public_path, public_settings
 from d2o_fast.training.output import refuse_non_finite
@@ -180,7 +180,13 @@ def test_a_bad_step_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "It was left out (on_bad_step 'skip'; 1 so far)" in caplog.text
     records = [record for record in read_log(tmp_path / "skipped" / "metrics.jsonl") if "loss" in record]
     assert [record["bad_steps"] for record in records] == [0, 0, 0, 1, 1, 1, 1, 1]
-    assert all(record["loss"] is not None for record in records)
+    assert [record["step"] for record in records if record["loss"] is None] == [4]  # no step that counts
+    assert all(map(math.isfinite, run.watch.smooth or ()))
+
+
+def test_a_checkpoint_counts_steps_left_out_since_the_last_line(tmp_path: Path) -> None:
+    broken_run(tmp_path / "run", 2, on_bad_step="skip", logging_steps=8, save_steps=4).train()
+    assert [load_state(path).bad_steps for path in checkpoints(tmp_path / "run")] == [1, 1]
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:

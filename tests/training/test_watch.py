@@ -79,9 +79,19 @@ def test_responses_that_are_garbage_are_named(
 def test_draws_for_the_same_prompt_may_be_equal(caplog: pytest.LogCaptureFixture) -> None:
     watch().responses(1, [{"prompt": f"p{i % 2}", "response": "yes", "score": 1.0} for i in range(8)])
     assert warnings(caplog) == []
+    watch().responses(1, [{"prompt": f"p{i % 4}", "response": "yes", "score": 1.0} for i in range(8)])
+    assert "are the same text" in warnings(caplog)[0]
 
 
 def test_a_run_that_collapses_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {"learning_rate": 0.1, "max_steps": 40, "alpha": 1.0, "beta": 0.001, "eval_steps": 0}
     tiny_run(tmp_path / "run", **settings).train()
     assert any("nats less likely than at the start" in text for text in warnings(caplog))
+
+
+def test_an_evaluation_that_overflows_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = watch()
+    for step in (3, 6):
+        found.evaluation(step, {"eval_loss": float("nan"), "eval_rewards/chosen": 0.1})
+    (said,) = warnings(caplog)
+    assert said.startswith("step 3: the evaluation's eval_loss is not finite")
