@@ -7,6 +7,7 @@ it. Any other adapter is a part of the initial policy and stays active when that
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
         D2OError: peft is missing, the adapter does not fit, or its weights are not whole.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights
     except ImportError as error:
         raise D2OError(f"the adapter in '{name}' needs peft ({error}); pip install 'd2o-fast[lora]'") from error
     what = f"the adapter in '{name}'"
@@ -55,14 +56,32 @@ def put_adapter(base: Any, name: str, trainable: bool = False) -> Any:
         refuse_odd_files(Path(name), what)
         refuse_pickled(Path(name), what)
     with loading(f"{what} for {type(base).__name__}", "Give the adapter's own base, or copy the adapter again"):
+        held = _held_of_base(base, load_peft_weights(name, device="cpu"))  # peft may overwrite the base
         model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
     refuse_tied_embedding(model)
-    read_adapter(model, name, what)
+    read_adapter(model, name, what, held)
     return model
 
 
-def read_adapter(model: Any, folder: str | Path, what: str) -> None:
+def _held_of_base(base: Any, found: dict[str, torch.Tensor]) -> set[str]:
+    """The names in an adapter's file whose tensors are, to the bit, the base's own.
+
+    peft saves the embedding with an adapter on it.
+    """
+    own = {f"base_model.model.{name}": tensor for name, tensor in base.state_dict().items()}
+    pairs = ((name, tensor, own.get(name.replace(".base_layer.", "."))) for name, tensor in found.items())
+    return {
+        name
+        for name, tensor, mine in pairs
+        if mine is not None and mine.shape == tensor.shape and torch.equal(mine.cpu().float(), tensor.float())
+    }
+
+
+def read_adapter(model: Any, folder: str | Path, what: str, held: Collection[str] = ()) -> None:
     """Reads the weights of a PeftModel's only adapter from a folder or hub name, in place.
+
+    Args:
+        held: tensors in its file that belong to the base, and may be there.
 
     Raises:
         D2OError: they cannot be read, a tensor is missing, or one has no place in the adapter.
@@ -76,7 +95,7 @@ def read_adapter(model: Any, folder: str | Path, what: str) -> None:
         found = load_peft_weights(str(folder), device="cpu")
         _, wanted = adapter_of(model)
         # peft would put other tensors into the base. An adapter saved without them would then have another base.
-        refuse_difference(wanted.keys() - found.keys(), found.keys() - wanted.keys(), what)
+        refuse_difference(wanted.keys() - found.keys(), found.keys() - wanted.keys() - {*held}, what)
         odd = [key for key, tensor in found.items() if not tensor.is_floating_point()]
         if odd:
             raise ValueError(f"{odd[0]} has the type {found[odd[0]].dtype}")
@@ -151,7 +170,8 @@ def add_adapter(model: Any, config: D2OConfig, peft_config: Any = None) -> Any:
         model = _with_lora(model, config, peft_config)
     refuse_tied_embedding(model)
     if not any(p.requires_grad for p in model.parameters()):
-        raise D2OError("no parameter of the model requires a gradient; load the adapter with is_trainable=True")
+        fix = "load the adapter with is_trainable=True" if adapters else "call its requires_grad_(True)"
+        raise D2OError(f"no parameter of the model requires a gradient; {fix}")
     return model
 
 

@@ -65,7 +65,7 @@ def check_positions(model: nn.Module, config: D2OConfig) -> None:
                 f"of a whole batch (rope_type '{found['rope_type']}'), so that a response's log-probability would "
                 f"depend on the prompts beside it. Set max_length to {limit} or less"
             )
-    trained = getattr(settings, "max_position_embeddings", None)
+    trained = vars(settings).get("max_position_embeddings")  # a property of XLNet's says -1
     if isinstance(trained, int) and trained < 1:
         raise D2OError(f"the configuration of {kind} is damaged: max_position_embeddings is {trained}")
     if parameters and isinstance(trained, int) and config.max_length > trained:

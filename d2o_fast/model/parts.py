@@ -23,6 +23,8 @@ from d2o_fast.loss.engine import Head
 from d2o_fast.loss.reference import naive_linear_logprob
 from d2o_fast.model.whole import loading
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills rows: the end of a sequence, because a padding token may have no row in the model.
@@ -40,7 +42,8 @@ def unwrapped(model: Any) -> Any:
     """
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
-    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+    # A compiled model passes every attribute on, so that a compiled PeftModel looks like one.
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
         inner = model._modules.get("_orig_mod", model._modules.get("module"))
         if inner is None:
             break
@@ -49,6 +52,7 @@ def unwrapped(model: Any) -> Any:
         raise refusal("model", model, "a folder, a hub name, a model of transformers or a PeftModel")
     if "_original_forward" in model.__dict__:  # accelerate's autocast around forward
         model.forward = model.__dict__.pop("_original_forward")
+    model._compiled_call_impl = None  # ``model.compile()``; every new length would compile again
     for name, part in model.named_modules():
         if "_orig_mod" in part._modules:
             raise D2OError(f"model: its part {name} is compiled; give the model as it was before torch.compile")
@@ -118,7 +122,8 @@ def head_of(model: nn.Module) -> Head:
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None):  # Granite: logits are divided by it
         scale = 1.0 / float(config.logits_scaling)
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return Head(layer.weight, layer.bias, softcap, scale)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

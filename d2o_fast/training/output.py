@@ -39,7 +39,7 @@ def save_card(card: str, args: D2OConfig, folder: Path) -> None:
 
 
 def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase, args: D2OConfig, fresh: bool) -> None:
-    """Saves everything but the weights into a temporary folder of ``output_dir``.
+    """Saves everything but the weights (an adapter wholly) into a temporary folder of ``output_dir``.
 
     Args:
         fresh: whether ``output_dir`` belongs to no run yet.
@@ -52,7 +52,9 @@ def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase, args: D2OConfig, 
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{TEMPORARY}try-") as name:
         temporary = Path(name)
         try:
-            save_weights(model, tokenizer, temporary, state_dict={})
+            # peft looks every tensor up in a given state_dict; an adapter is small enough to be written.
+            options: dict[str, Any] = {"state_dict": {}} if isinstance(model, PreTrainedModel) else {}
+            save_weights(model, tokenizer, temporary, **options)
         except Exception as error:  # many kinds, from the configurations of hundreds of models
             if (told := explained(error, f"output_dir '{folder}'", "Nothing was drawn or trained")) is not None:
                 raise told from error

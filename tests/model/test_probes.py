@@ -16,6 +16,7 @@ from d2o_fast import D2OConfig, D2OTrainer
 from d2o_fast.data.row import Example
 from d2o_fast.errors import D2OError
 from d2o_fast.forward.batch import pack, response_hidden
+from d2o_fast.model.limits import check_positions
 from d2o_fast.model.parts import decoder_of
 from d2o_fast.model.probes import refuse_non_finite, refuse_unfit
 from helpers import relative_errors
@@ -27,6 +28,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "mamba": ("mamba", {"state_size": 8}),
+    "recurrent_gemma": ("recurrent_gemma", {"lru_width": 32, "logits_soft_cap": 1.0}),
+    "xlstm": ("xlstm", {"num_heads": 4, "output_logit_soft_cap": 1.0}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
 }
@@ -116,6 +119,7 @@ def test_a_config_that_is_not_causal_is_refused() -> None:
 def test_xlnet_is_refused() -> None:
     torch.manual_seed(0)
     model = XLNetLMHeadModel(XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48)).eval()
+    check_positions(model, D2OConfig())  # its max_position_embeddings of -1 is no damage
     with pytest.raises(D2OError, match="XLNetLMHeadModel is not causal"):
         refuse(model)
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.errors import D2OError
 from d2o_fast.model.adapters import add_adapter
-from d2o_fast.model.loading import initial_model, load_tokenizer, load_weights, trained_model
+from d2o_fast.model.loading import initial_model, load_model, load_tokenizer, load_weights, trained_model
 from d2o_fast.model.parts import decoder_of
 from helpers import DEADLINE
 from tiny import save_tiny, tiny_model, tiny_rows
@@ -146,6 +146,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is a list": (replaced("config.json", b"[]"), "config.json cannot be loaded: it holds .* not an object"),
     "config is no UTF-8": (replaced("config.json", b'{"a":"\xff"}'), "config.json cannot be loaded"),
     "config is deep": (replaced("config.json", DEEP), "config.json cannot be loaded: RecursionError"),
+    "a head that the config ties": (config(tie_word_embeddings=True), "says tie_word_embeddings, but its files hold a"),
     "config is a pipe": (pipe("config.json"), "config.json is neither a file nor a folder"),
     "vocabulary of 4000 digits": (config(vocab_size=int("9" * 4000)), "config.json cannot be loaded"),
     "no type": (config(model_type=GONE), "config.json has no model_type"),
@@ -270,10 +271,9 @@ def test_a_damaged_folder_is_refused_by_name(
         tensors(lambda found: found.update({name: x.bfloat16() for name, x in found.items()})),
         tensors(lambda found: found.update({"v_head.summary.weight": torch.ones(1, 32)})),
         config(return_dict=False),
-        config(tie_word_embeddings=True),  # the weights say otherwise, and both are kept
         own_code("config.json", auto_map=OWN),  # transformers knows the model without that code
     ],
-    ids=["shards", "old buffers", "bf16", "value head", "tuples", "tied", "known type with code"],
+    ids=["shards", "old buffers", "bf16", "value head", "tuples", "known type with code"],
 )
 def test_a_whole_folder_is_loaded(change: Damage, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -458,3 +458,17 @@ def test_the_command_refuses_in_one_line(name: str, whole: Path, tmp_path: Path)
     assert f"model_name_or_path '{folder}'" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "ran").exists()
     assert not list(tmp_path.glob("run/**/*.safetensors"))
+
+
+def test_a_head_that_no_version_ties_may_differ(tmp_path: Path) -> None:
+    """BigBirdPegasus has tie_word_embeddings in its configuration and a head of its own."""
+    settings = {
+        "vocab_size": 61,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    }
+    config = AutoConfig.for_model("bigbird_pegasus", **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_model(D2OConfig(model_name_or_path=str(tmp_path))).lm_head.weight.shape == (61, 32)
