@@ -116,7 +116,8 @@ def _flag_value(name: str, text: str) -> Any:
         raise refusal(name, "--", allowed(name))
     kinds = get_args(KINDS[name]) or (KINDS[name],)
     is_list = text.startswith("[") and text.endswith("]") and list[str] in kinds
-    if str in kinds and not is_list and not (text == "null" and NoneType in kinds):
+    takes_null = NoneType in kinds or name == "report_to"
+    if str in kinds and not is_list and not (text == "null" and takes_null):
         return checked(name, text)
     try:
         return _typed(name, _value(yaml.compose(text, Loader=_Loader)))

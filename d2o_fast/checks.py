@@ -17,6 +17,7 @@ from d2o_fast.errors import refusal
 
 MISFIT = object()  #: what ``read`` returns for a value that a setting does not take
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_PLAIN = {str: "__str__", int: "__int__", float: "__float__"}
 _MOST = 2**31  # of an integer without an upper limit of its own: products of two are still 64-bit integers
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of a float: tensors are fp32
 _LONGEST_NAME, _LONGEST_PATH = 200, 3500  # bytes; the system's limits, less the names of a run's files
@@ -42,15 +43,19 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 def read(value: Any, kind: Any, rules: Mapping[str, Any]) -> Any:
     """``value`` as a setting of the type ``kind`` keeps it, or ``MISFIT``.
 
-    A tuple becomes a list, a numpy number a plain one, a path a text. An integer for a float stays an integer.
+    A tuple becomes a list, a numpy number or an instance of a subclass a plain one, a path a text. An integer for a
+    float stays an integer.
     """
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
+    if not isinstance(value, bool):  # a member of an enumeration, say, is kept as the plain text or number that it is
+        plain = next((base for base in (str, int, float) if isinstance(value, base)), None)
+        value = value if plain is None else getattr(plain, _PLAIN[plain])(value)
     if _is_union(kind):
         found = (read(value, part, rules) for part in get_args(kind))
         return next((part for part in found if part is not MISFIT), MISFIT)
     if get_origin(kind) is Literal:
-        return next((choice for choice in get_args(kind) if isinstance(value, str) and choice == value), MISFIT)
+        return value if isinstance(value, str) and value in get_args(kind) else MISFIT
     if get_origin(kind) is list:
         if not isinstance(value, list | tuple):
             return MISFIT

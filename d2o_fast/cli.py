@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o_fast.arguments import COMMANDS, parse, parser
-from d2o_fast.config import D2OConfig, instead, refuse_idle
+from d2o_fast.config import D2OConfig, in_use, instead, refuse_idle
 from d2o_fast.errors import D2OError, printable
 from d2o_fast.files import atomic_file
 
@@ -110,8 +110,8 @@ def _run(command: str, arguments: list[str]) -> int:
         from d2o_fast.doctor import doctor
 
         return doctor(as_json=options["json"])
-    config = D2OConfig(**settings)
     _show_log()
+    config = D2OConfig(**in_use(settings))
     if command == "eval":
         return _eval(config, options["eval_model"])
     if command == "train":

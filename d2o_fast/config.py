@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from d2o_fast.checks import (
     setting,
     words,
 )
-from d2o_fast.errors import D2OError, UnknownSettingError, refusal
+from d2o_fast.errors import D2OError, UnknownSettingError, refusal, shown
 
-DATA_FILES = (".jsonl", ".json", ".parquet")  #: the ends of the names of data files
+logger = logging.getLogger("d2o_fast")
+
 Class = TypeVar("Class", bound=type)
 
 
@@ -303,14 +305,7 @@ class D2OConfig:
         one = self.warmup_ratio in (None, self.warmup_steps) or self.warmup_steps == DEFAULTS["warmup_steps"]
         decides = self.anchor_score is None or self.min_anchor_score is not None or self.draws > self.num_generations
         anchors_stay = not self.refresh_every
-        data = [name for given in (self.dataset_name, self.eval_dataset_name) for name in _listed(given)]
-        in_files = bool(data) and all(name.lower().endswith(DATA_FILES) for name in data)
         return [
-            (
-                self.dataset_split == DEFAULTS["dataset_split"] or not in_files,
-                "dataset_split",
-                "left out where all data are files: they have no splits",
-            ),
             (
                 self.eval_dataset_name is None or self.eval_fraction == 0,
                 "eval_fraction",
@@ -427,6 +422,23 @@ def instead(name: str, names: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{near[0]}'?" if near else ""
 
 
+def in_use(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` without those that need another one that is switched off in them, as in ``use_peft: false``.
+
+    A flag can so switch off a part of a file. The log names the settings that are left out.
+    """
+    judge, evaluation = ("judge_num_generations", "judge_max_prompts"), ("eval_dataset_name", "eval_fraction")
+    needs = having("needs") | dict.fromkeys(judge, "judge")
+    idle = {name: needs[name] for name in settings if not settings.get(needs.get(name, ""), True)}
+    given = [name for name in evaluation if name in settings]
+    if given and not any(settings[name] for name in given):
+        idle |= {name: given[0] for name in ("eval_steps", "judge", *judge) if name in settings}
+    for name, needed in idle.items():
+        if settings[name] != DEFAULTS[name]:
+            logger.info("%s is not used: %s is %s", name, needed, shown(settings[needed]))
+    return {name: value for name, value in settings.items() if name not in idle}
+
+
 def refuse_idle(
     config: D2OConfig, held_out: bool, peft_config: bool = False, stores: Sequence[str] | None = None
 ) -> None:
@@ -446,7 +458,7 @@ def refuse_idle(
     elsewhere = stores is not None and not any(folder.is_relative_to(anchors) for folder in of_stores)
     situations: list[tuple[bool, str, tuple[str, ...]]] = [
         (not held_out, "or its rows given as eval_dataset", ("eval_fraction", "eval_dataset_name")),
-        (not held_out, no_data, ("eval_steps", "judge", "per_device_eval_batch_size")),
+        (not held_out, no_data, ("eval_steps", "judge")),
         (config.judge is None, "where judge is not set", ("judge_num_generations", "judge_max_prompts")),
         (peft_config, "where peft_config is given", tuple(name for name in FIELDS if name.startswith("lora_"))),
         (elsewhere, "where all data are stores of anchors from elsewhere", ("anchors_dir",)),

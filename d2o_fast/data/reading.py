@@ -116,8 +116,10 @@ def _read_source(name: str, split: str, configuration: str | None, rows: RowFile
             if extension not in _EXTENSIONS:
                 found = f"unknown file type '{extension}'"
                 raise DataError(name, None, None, found, f"Give one of {', '.join(_EXTENSIONS)}")
-            if configuration is not None:
-                raise refusal("dataset_config", configuration, f"left out: {name} is a file and has no configurations")
+            if "[" in split:
+                raise refusal("dataset_split", split, f"without a range: {name} is a file, and all its rows are read")
+            if configuration is not None or split != "train":
+                logger.warning("%s is a file and read whole: dataset_split and dataset_config are for the hub", name)
             return _source(read_parquet(path, _READ) if extension == ".parquet" else read_json(path), name, rows)
         script = f"{os.path.basename(os.path.abspath(path))}.py"
         if os.path.exists(os.path.join(path, script)):

@@ -175,8 +175,16 @@ def test_a_configuration_is_chosen(cache: Path) -> None:
     refused(path, r"'three' not found. Available: \['one', 'two'\].*Set dataset_config", configuration="three")
     config = D2OConfig(dataset_name=str(path), dataset_config="two", eval_dataset_name=str(path))
     assert [row.rejected for rows in read_datasets(config) for row in rows or []] == ["c", "c"]
-    with pytest.raises(D2OError, match=r"dataset_config is 'two'; it must be left out: .*a.jsonl is a file"):
-        read_rows(str(path / "a.jsonl"), configuration="two")
+
+
+def test_a_file_beside_the_name_of_a_split_is_read_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path / "a.jsonl", json.dumps(GOOD).encode())
+    for more in ({"split": "test"}, {"configuration": "two"}):
+        caplog.clear()
+        assert len(read_rows(str(path), **more)) == 1
+        assert "is a file and read whole: dataset_split and dataset_config are for the hub" in caplog.text
+    with pytest.raises(D2OError, match=r"dataset_split is 'train\[:9\]'; it must be without a range: .* is a file"):
+        read_rows(str(path), "train[:9]")
 
 
 # --- The same rows in all forms ---
