@@ -49,13 +49,14 @@ def load_function(name: str, setting: str = "judge") -> Function:
 
 
 def call_function(function: Function, what: str, prompt: str, response: str, source: str, row: int) -> Any:
-    """``function(prompt, response)``. Messages call the function ``what``.
+    """``function(prompt, response)``, as a plain number if it is one. Messages call the function ``what``.
 
     Raises:
         DataError: the function raises an exception; the message names the row of ``source``.
     """
     try:
-        return function(prompt, response)
+        found = function(prompt, response)
+        return found.item() if getattr(found, "shape", None) == () else found  # numpy's and torch's numbers
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         found = f"{what} raises {_told(error)} for {pair_text(prompt, response)}"
         raise DataError(source, row, None, found, "Mend the function, or let it answer for such a response") from error
@@ -84,13 +85,20 @@ def _refuse_other_arguments(function: Function, what: str) -> None:
         raise D2OError(f"{what} must take (prompt, response), two texts: {error}") from error
     except ValueError:  # some builtins tell no signature
         pass
-    if inspect.iscoroutinefunction(function):
-        raise D2OError(f"{what} is an async function; it must return its answer itself")
+    if isinstance(function, type):
+        raise D2OError(f"{what} is a class; it must be a function, or an object of the class")
+    for kind in ("coroutine", "asyncgen", "generator"):
+        if any(getattr(inspect, f"is{kind}function")(each) for each in (function, type(function).__call__)):
+            name = "a generator" if kind == "generator" else "an async"
+            raise D2OError(f"{what} is {name} function; it must return its answer itself")
 
 
 def _told(error: BaseException) -> str:
     """Type, text and place of an exception in one line."""
-    text = shortened(str(error), 200, one_line=True)
+    try:
+        text = shortened(str(error), 200, one_line=True)
+    except Exception:  # the text of a user's exception may raise, too
+        text = ""
     if isinstance(error, SyntaxError):  # its text ends in the place
         return f"{type(error).__name__}: {text}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]

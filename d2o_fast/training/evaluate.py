@@ -111,7 +111,7 @@ def _verdict(judge: Judge, row: Row, prompt: str, response: str) -> tuple[str, A
     what = f"judge '{name_of(judge)}'"
     verdict = call_function(judge, what, prompt, response, row.source, row.index)
     if isinstance(verdict, str):
-        return "label", verdict
+        return "label", verdict.encode("utf-8", "backslashreplace").decode()  # no file holds half a character
     if is_finite(verdict):
         return "score", float(verdict)
     found = f"{what} returned {shown(verdict)} for {pair_text(prompt, response)}"

@@ -128,7 +128,9 @@ def test_only_what_is_left_is_scored_and_as_a_judge_sees_it(scores: Any) -> None
     assert scores.seen == [("how?", texts[0])]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good", True, torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), None, "good", True, torch.ones(2), torch.tensor(float("nan"))]
+)
 def test_a_score_that_is_no_number_names_the_row(scores: Any, value: Any) -> None:
     scores.values = iter([1.0, value])
     text = r"memory, row 1, field 'anchors': anchor_score 'anchor_scores:given' gives .* to '.*'. It must be a finite"

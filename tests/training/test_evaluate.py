@@ -8,6 +8,7 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,10 @@ MODULES = {
     "def judge(prompt, response, *, strict): pass\n": "must take (prompt, response), two texts: missing a required",
     "class judge:\n    pass\n": "must take (prompt, response)",
     "async def judge(prompt, response): pass\n": "is an async function; it must return its answer itself",
+    "async def judge(prompt, response): yield 1\n": "is an async function; it must return its answer itself",
+    "def judge(prompt, response): yield 1\n": "is a generator function; it must return its answer itself",
+    "class J:\n    async def __call__(self, p, r): pass\njudge = J()\n": "is an async function",
+    "class judge:\n    def __init__(self, p, r): pass\n": "is a class; it must be a function, or an object of the",
     "judge = 5\n": "expected a function 'judge' in some_judge, found a int",
     "def judge(p, r): pass\njudge.labels = 'ab'\n": "attribute labels is 'ab'; it must be a list of texts",
     "def judge(p, r): pass\njudge.labels = [1]\n": "attribute labels is [1]; it must be a list of texts",
@@ -116,6 +121,27 @@ def test_a_judge_that_raises_is_named_with_the_row(model, raised) -> None:
     assert len(text) < 1000
 
 
+def test_a_judge_may_raise_what_has_no_text(model) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def judge(prompt: str, response: str) -> str:
+        raise Mute
+
+    with pytest.raises(DataError, match="raises Mute"):
+        _judge(model, judge)
+
+
+@pytest.mark.parametrize("score", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(True), np.True_])
+def test_a_score_may_be_a_number_of_numpy_or_torch(model, score) -> None:
+    assert _judge(model, lambda p, r: score)[0] == {"judge/score": float(score)}
+
+
+def test_half_a_character_in_a_label_is_escaped(model) -> None:
+    assert _judge(model, lambda p, r: "a\ud800")[0] == {"judge/a\\ud800": 1.0}
+
+
 def test_shares_are_counted_over_all_responses(model) -> None:
     def judge(prompt: str, response: str) -> str:
         return "long" if len(response) > 12 else "short"
@@ -153,7 +179,7 @@ def test_scores_are_averaged(model) -> None:
         (["good", 1.0], "row 2: .* labels for some responses and scores"),
         ([1.0, math.nan], "row 2: .* returned nan"),
         ([1.0, 10**400], "row 2: .* returned 1000"),
-        ([torch.tensor(1.0)], "row 1: .* returned tensor"),
+        ([torch.ones(2)], "row 1: .* returned tensor"),
         ([{"score": 1}], "row 1: .* returned {'score': 1}"),
     ],
 )
