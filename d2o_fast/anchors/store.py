@@ -23,6 +23,7 @@ from d2o_fast.anchors.fingerprint import fingerprint_digest
 from d2o_fast.anchors.shards import MAKE_ANEW, Shards, check_shards, read_manifest, shard_name
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.on_disk import LazySequence, subset
+from d2o_fast.data.rendering import DATED
 from d2o_fast.data.row import Example, Row
 from d2o_fast.data.tokens import tokenized
 from d2o_fast.errors import D2OError, FingerprintError, refusal
@@ -149,7 +150,8 @@ class AnchorStore:
             if fault is not None:
                 path = Path(self.folder) / shard_name(record["row"] // of_shard)
                 place = f"{path}, row {record['row']} ({row.source}, row {row.index})"
-                raise D2OError(f"{place}, field '{fault[0]}': {fault[1]}; {MAKE_ANEW}")
+                dated = fault[0].endswith("_ids") and "strftime_now" in str(tokenizer.chat_template)
+                raise D2OError(f"{place}, field '{fault[0]}': {fault[1]}; {DATED if dated else MAKE_ANEW}")
 
     @functools.cached_property
     def usable(self) -> Sequence[int]:

@@ -236,6 +236,8 @@ def _messages(value: list[Any], field: str, source: str, index: int) -> Messages
         if message.get("role") not in _ROLES:
             found = f"role is {shortened(shown(message.get('role')))}"
             raise DataError(source, index, place, found, f"Use one of {', '.join(_ROLES)}")
+        if message.get("content") is None and message.get("tool_calls"):  # the form of OpenAI's API
+            message = {**message, "content": ""}
         if not isinstance(message.get("content"), str):
             found = f"content is {kind(message.get('content'))}"
             raise DataError(source, index, place, found, "Give the content as a string")

@@ -22,6 +22,10 @@ logger = logging.getLogger("d2o_fast")
 
 _CALLS = ("tool_calls", "function_call")  #: content of a message, in a prompt too
 _SAID = (*_CALLS, "reasoning_content", "reasoning", "thinking", "refusal")  #: content of a response
+DATED = (
+    "the chat template writes the date, so stored anchors and checkpoints serve on the same day only: set "
+    "chat_template_path to a copy with a fixed date in place of strftime_now(...)"
+)
 _OTHER_TEMPLATE = "Set chat_template_path to a template that keeps it"
 
 
@@ -77,7 +81,9 @@ class ChatTemplate:
         return out
 
     def warn(self) -> None:
-        """Says once what ``render`` counted."""
+        """Says once what ``render`` counted, and whether prompts depend on the day."""
+        if self._opener is not None and "strftime_now" in str(self.tokenizer.chat_template):
+            _warn_once(DATED)
         for note, (count, first) in self._notes.items():
             _warn_once(printable(f"the chat template {note} ({count} times; the first is {first})", one_line=True))
 

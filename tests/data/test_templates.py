@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from d2o_fast.config import D2OConfig
 from d2o_fast.data.reading import rows_from
+from d2o_fast.data.rendering import DATED
 from d2o_fast.data.tokens import encode_prompts, stop_token_ids, tokenize_rows
 from d2o_fast.errors import DataError
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
@@ -163,6 +164,23 @@ def test_fields_that_a_template_leaves_out(caplog: pytest.LogCaptureFixture) -> 
     assert "leaves out the field 'name' of messages (2 times; the first is named, row 1, field 'prompt[0].name')" in (
         record.message
     )
+
+
+def test_a_call_of_a_tool_may_have_no_content() -> None:
+    call = [{"function": {"name": "f", "arguments": {"city": "Rome"}}}]
+    both = [
+        tokens(TOOLS, [*USER, {"role": "assistant", "content": content, "tool_calls": call}, *USER], answer("bad"))
+        for content in ("", None)
+    ]
+    assert both[0] == both[1]
+    with pytest.raises(DataError, match=r"field 'prompt\[1\]': content is nothing \(null\)"):
+        tokens(TOOLS, [*USER, {"role": "assistant", "content": None}, *USER], answer("bad"))
+
+
+def test_a_template_that_writes_the_date_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="d2o_fast"):
+        tokens("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, USER, answer("bad"))
+    assert [record.message for record in caplog.records] == [DATED]
 
 
 def test_messages_of_a_prompt_that_a_template_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
