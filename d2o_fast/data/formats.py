@@ -242,7 +242,8 @@ def _messages(value: list[Any], field: str, source: str, index: int) -> Messages
             found = f"content is {kind(message.get('content'))}"
             raise DataError(source, index, place, found, "Give the content as a string")
         _require_unicode(message["content"], place, source, index)
-        messages.append(_without_nulls(message, place, source, index))
+        checked = message.keys() == {"role", "content"}
+        messages.append(dict(message) if checked else _without_nulls(message, place, source, index))
     return messages
 
 
