@@ -28,6 +28,7 @@ from d2o_fast.model.whole import (
     refuse_not_finite,
     refuse_odd_files,
     refuse_odd_stops,
+    refuse_other_form,
     refuse_other_head,
     weight_files,
 )
@@ -204,6 +205,8 @@ def initial_model(config: D2OConfig, model: str | PreTrainedModel | Any) -> Any:
     if isinstance(model, str):
         with quiet_transformers():
             model = load_model(config, model)
+    elif model is base_of(model):
+        refuse_other_form(model)
     base = base_of(model)
     if config.attn_implementation not in (None, base.config._attn_implementation):
         try:

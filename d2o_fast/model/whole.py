@@ -7,6 +7,7 @@ of theirs into one ``D2OError``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -272,6 +273,31 @@ def refuse_other_head(model: Any, folder: Path, what: str) -> None:
             f"{what}: {CONFIG} says tie_word_embeddings, but its files hold a head '{name}' of its own. Set "
             "tie_word_embeddings to false, or copy the folder again from its source"
         )
+
+
+def refuse_other_form(model: Any) -> None:
+    """Refuses a model object that its own configuration does not describe: saved, it could not be loaded again.
+
+    Raises:
+        D2OError: the configuration makes other tensors, or ties the head where the model does not (or the reverse).
+    """
+    what = f"the model ({type(model).__name__})"
+    failed = "cannot be made from its config"
+    with loading(what, "Give a model that its class makes from its config", failed), torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    here, there = ({name: list(x.shape) for name, x in one.state_dict().items()} for one in (model, twin))
+    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if not odd and _is_tied(model) != _is_tied(twin):
+        odd = ["the head (tie_word_embeddings)"]
+    if odd:
+        raise D2OError(
+            f"{what} is not the one that its config describes, so the trained model could not be loaded again; they "
+            f"differ in {_some(odd)}. Change model.config to match the model, or the model to match it"
+        )
+
+
+def _is_tied(model: Any) -> bool:
+    return getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
 
 
 def refuse_incomplete(info: Any, what: str) -> None:

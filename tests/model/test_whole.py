@@ -472,3 +472,24 @@ def test_a_head_that_no_version_ties_may_differ(tmp_path: Path) -> None:
     config = AutoConfig.for_model("bigbird_pegasus", **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert load_model(D2OConfig(model_name_or_path=str(tmp_path))).lm_head.weight.shape == (61, 32)
+
+
+def _tied_by_hand(model: Any) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+OTHER_FORMS: dict[str, Callable[[Any], Any]] = {
+    "lm_head|tie_word_embeddings": _tied_by_hand,
+    "extra.weight": lambda model: model.add_module("extra", torch.nn.Linear(3, 3)),
+    "model.layers.1": lambda model: setattr(model.model, "layers", model.model.layers[:1]),
+    "embed_tokens": lambda model: setattr(model.config, "vocab_size", 999),
+}
+
+
+@pytest.mark.parametrize("found", OTHER_FORMS)
+def test_an_object_that_its_config_does_not_describe_is_refused(found: str) -> None:
+    """It would train, and the saved folder could not be loaded."""
+    model = tiny_model()
+    OTHER_FORMS[found](model)
+    with pytest.raises(D2OError, match=f"not the one that its config describes.*({found})"):
+        initial_model(D2OConfig(), model)
