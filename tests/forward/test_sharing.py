@@ -228,7 +228,8 @@ def test_other_models_are_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(("flag", "value"), [("auto", "auto"), ("true", True), ("false", False)])
 def test_the_setting_on_the_command_line(flag: str, value: Any) -> None:
-    assert parse("train", ["--shared_prefix", flag])[1]["shared_prefix"] is value
+    found = parse("train", ["--shared_prefix", flag])[1]["shared_prefix"]
+    assert (type(found), found) == (type(value), value)
 
 
 def test_false_shares_nothing() -> None:
