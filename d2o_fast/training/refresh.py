@@ -123,7 +123,17 @@ class Refresher:
         Raises:
             D2OError: the window is missing or damaged.
         """
-        return RefreshedAnchors(self._indices(step), AnchorStore.open(self.folder / f"step-{step}"))
+        folder, indices = self.folder / f"step-{step}", self._indices(step)
+        try:
+            store = AnchorStore.open(folder)
+        except D2OError as error:
+            raise D2OError(
+                f"{error}. This window was drawn by a policy that is gone, and nothing makes it again: give the run "
+                f"its folder back, or resume from a checkpoint up to step {step}"
+            ) from error
+        if store.num_rows != len(indices):
+            raise D2OError(f"{folder} holds {store.num_rows} prompts, and the window of step {step} has {len(indices)}")
+        return RefreshedAnchors(indices, store)
 
     def keep(self, steps: Iterable[int]) -> None:
         """Removes all windows except those that begin at ``steps``, and the leftovers of a killed writer."""
